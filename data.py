@@ -21,7 +21,7 @@ from urllib.parse import urljoin
 import torch
 from torch import Tensor
 
-from download import download, sha256_of
+from download import download, one_at_a_time, sha256_of
 
 DATA_SEED = 42                                               # the same split for every training seed, as the authors'
 CACHE = "~/.cache/ladder-side-tuning/glue"
@@ -29,7 +29,7 @@ SAMPLE = Path(__file__).parent / "assets" / "sample"
 GLUE = "https://dl.fbaipublicfiles.com/glue/data"            # GLUE_BASE_URL names a mirror of it
 UNPACKED_LIMIT = 10**9                                       # bytes; the largest file, MNLI's train.tsv, has less than half
 PAD, EOS, START, IGNORE = 0, 1, 0, -100
-POOL = 10                                                    # batches that are sorted by length together
+POOL = 20                                                    # batches that are sorted by length together
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,8 @@ TASKS = {task.name: task for task in (
          {"../../senteval/senteval_data/msr_paraphrase_train.txt": "60a9b09084528f0673eedee2b69cb941920f0b8cd0eeccefc464a98768457f89",
           "mrpc_dev_ids.tsv": "971d7767d81b997fd9060ade0ec23c4fc31cbb226a55d1bd4a1bac474eb81dc7"},
          files=("msr_paraphrase_train.txt", "mrpc_dev_ids.tsv")),
-    Task("qqp", "QQP", {"question1": "question1", "question2": "question2"}, "is_duplicate", ("not_duplicate", "duplicate"), "part of train",
-         {"QQP-clean.zip": "40e7c862c04eb26ee04b67fd900e76c45c6ba8e6d8fab4f8f1f8072a1a3fbae0"}),
+    Task("qqp", "QQP", {"question1": "question1", "question2": "question2"}, "is_duplicate", ("not_duplicate", "duplicate"),
+         "part of train", {"QQP-clean.zip": "40e7c862c04eb26ee04b67fd900e76c45c6ba8e6d8fab4f8f1f8072a1a3fbae0"}),
     Task("mnli", "MNLI", {"premise": "sentence1", "hypothesis": "sentence2"}, "gold_label", ("entailment", "neutral", "contradiction"),
          "mismatched", {"MNLI.zip": "e7c1d896d26ed6caf700110645df426cc2d8ebf02a5ab743d5a5c68ac1c83633"}, labels_are_words=True,
          files=("train.tsv", "dev_matched.tsv", "dev_mismatched.tsv")),
@@ -112,7 +112,7 @@ def load(task_name: str, data: str | None = None, prompts: str = "paper") -> Dat
     task = TASKS[task_name]
     if data == "sample":
         if task_name != "sst2":
-            raise ValueError(f"the bundled sample has sst2 only, not {task_name}; give a folder with {_wanted(task)}, or leave --data out")
+            raise ValueError(f"the bundled sample has sst2 only, not {task_name}; give a folder with {_wanted(task)}, or no --data")
         return _read(task, SAMPLE, prompts, "bundled-sample")
     if data is not None:
         return _read(task, Path(data).expanduser(), prompts, "glue")
@@ -128,7 +128,8 @@ def load(task_name: str, data: str | None = None, prompts: str = "paper") -> Dat
 
 def banner(reason: str) -> str:
     """The box that train.py prints when the bundled sample stands in for SST-2."""
-    text = ["THIS IS NOT SST-2: IT COULD NOT BE LOADED.", "Training on the small bundled sample; no score below can be compared with the paper's.",
+    text = ["THIS IS NOT SST-2: IT COULD NOT BE LOADED.",
+            "Training on the small bundled sample; no score below can be compared with the paper's.",
             "", f"Reason: {reason}", "", f"For the real task put {_wanted(TASKS['sst2'])} into a folder DIR and give --data DIR."]
     lines = [line for paragraph in text for line in textwrap.wrap(paragraph, 92) or [""]]
     return "\n".join(["#" * 98, *(f"#  {line:<92}  #" for line in ["", *lines, ""]), "#" * 98])
@@ -140,14 +141,16 @@ def fetch(task: Task, folder: Path) -> None:
     if all((home / name).is_file() for name in task.files):
         return
     base = os.environ.get("GLUE_BASE_URL") or GLUE
-    for address, sha256 in task.downloads.items():
-        name = address.rpartition("/")[2]
-        arrived = download(urljoin(base.rstrip("/") + "/", address), (home if name in task.files else folder) / name, sha256)
-        if name.endswith(".zip"):
-            try:
-                unpack(arrived, task, home)
-            finally:
-                arrived.unlink()
+    with one_at_a_time(home):
+        for address, sha256 in task.downloads.items():
+            if all((home / name).is_file() for name in task.files):
+                return  # another run brought them while this one waited
+            arrived = download(urljoin(base.rstrip("/") + "/", address), home / address.rpartition("/")[2], sha256)
+            if arrived.suffix == ".zip":
+                try:
+                    unpack(arrived, task, home)
+                finally:
+                    arrived.unlink()
 
 
 def unpack(archive: Path, task: Task, home: Path) -> None:
@@ -159,7 +162,7 @@ def unpack(archive: Path, task: Task, home: Path) -> None:
             with zipfile.ZipFile(archive) as packed:
                 size = packed.getinfo(member).file_size
                 if size > UNPACKED_LIMIT:
-                    raise ValueError(f"{archive}: {member} unpacks to {size} bytes, more than the allowed {UNPACKED_LIMIT}; it is not the GLUE file")
+                    raise ValueError(f"{archive}: {member} unpacks to {size} bytes, {UNPACKED_LIMIT} are allowed; check GLUE_BASE_URL")
                 with packed.open(member) as source, open(partial, "wb") as target:
                     while chunk := source.read(1 << 20):  # reads no further than file_size, and checks the CRC
                         target.write(chunk)
@@ -188,7 +191,7 @@ def _read(task: Task, folder: Path, prompts: str, name: str, fallback: str | Non
         official, skipped = [rows for rows, _ in tables], sum(count for _, count in tables)
     for rows, what in zip(official, ("training", "validation", "validation")):
         if len(rows) < 2:
-            raise ValueError(f"{task.folder} in {folder} has {len(rows)} {what} rows, at least 2 are needed; put the official files there")
+            raise ValueError(f"{folder / task.folder} has {len(rows)} {what} rows, 2 are needed; put the official files there")
     sets = split(task, *[[_example(task, row, prompts) for row in rows] for rows in official], sample=name == "bundled-sample")
     return Dataset(*sets, name, folder, sha256_of(*paths), skipped, fallback)
 
@@ -232,7 +235,7 @@ def _table(task: Task, path: Path) -> tuple[list[dict[str, str]], int]:
         if not header:
             header = cells
             if missing := [column for column in used if column not in header]:
-                raise ValueError(f"{path}, line 1: a header with the columns {', '.join(used)} is expected, {', '.join(missing)} not found in "
+                raise ValueError(f"{path}, line 1: a header with the columns {', '.join(used)} is expected, {', '.join(missing)} is not in "
                                  f"{' | '.join(cells)[:80]!r}; put {task.name}'s official file there")
             continue
         if len(cells) != len(header):
@@ -269,12 +272,26 @@ def _score(text: str, otherwise: float | None = None) -> float | None:
 
 # ------------------------------------------------------------------------------------------------------------- prompts
 
-def _example(task: Task, row: dict[str, str], prompts: str) -> Example:
-    """Paper: the authors' inputs, `rte sentence1: A sentence2: B` -> "0". T5's: tags in alphabetical order, words as targets."""
-    tags = sorted(task.fields) if prompts == "t5" else task.fields
+def _source(task: Task, texts: dict[str, str], prompts: str) -> str:
+    """The paper's prompt, e.g. `rte sentence1: A sentence2: B`, or T5's, with the tags in alphabetical order."""
     # Paper: the authors' MNLI prompt has no colon after "hypothesis"; kept, it is what their numbers were made with.
     no_colon = prompts == "paper" and task.name == "mnli"
-    parts = [f"{tag}{'' if no_colon and tag == 'hypothesis' else ':'} {row[task.fields[tag]]}" for tag in tags]
+    tags = sorted(task.fields) if prompts == "t5" else task.fields
+    return " ".join([task.name, *(f"{tag}{'' if no_colon and tag == 'hypothesis' else ':'} {texts[tag]}" for tag in tags)])
+
+
+def prompt(task_name: str, text: str, prompts: str = "paper") -> str:
+    """The source of a user's own text; the two texts of a task that reads a pair are parted by " | " or a tab."""
+    tags = TASKS[task_name].fields
+    texts = [text] if len(tags) == 1 else re.split(r"\s*[|\t]\s*", text)
+    if len(texts) != len(tags):
+        raise ValueError(f"{task_name} reads {' and '.join(tags)}, {text[:60]!r} has {len(texts)} of {len(tags)} parts; "
+                         f"write them as 'A | B'")
+    return _source(TASKS[task_name], dict(zip(tags, texts)), prompts)
+
+
+def _example(task: Task, row: dict[str, str], prompts: str) -> Example:
+    """Targets: the paper's are the label ids as text, T5's are words."""
     raw = row[task.label]
     if task.words:
         label = task.words.index(raw) if task.labels_are_words else int(raw)
@@ -283,7 +300,7 @@ def _example(task: Task, row: dict[str, str], prompts: str) -> Example:
         label = float(raw)
         # Paper: the authors meant T5's rounding to 0.2, but their code rounds to 0.1.
         target = f"{round(label * 5) / 5:.1f}" if prompts == "t5" else f"{label:.1f}"
-    return Example(f"{task.name} {' '.join(parts)}", target, label)
+    return Example(_source(task, {tag: row[column] for tag, column in task.fields.items()}, prompts), target, label)
 
 
 def read_answer(task_name: str, text: str, prompts: str = "paper") -> int | float | None:
@@ -316,7 +333,7 @@ def encode(examples: Sequence[Example], tokenizer, max_source: int = 128) -> lis
 def batches(encoded: Sequence[Encoded], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
     """An epoch's batches as indices: random, but of similar source length. The same (seed, epoch) gives the same batches.
 
-    Shuffles all rows, sorts pools of ten batches by length, cuts the batches, shuffles their order. The last may be smaller.
+    Shuffles all rows, sorts pools of POOL batches by length, cuts the batches, shuffles their order. The last may be smaller.
     """
     generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
     order = torch.randperm(len(encoded), generator=generator).tolist()

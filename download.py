@@ -1,5 +1,7 @@
 """One file from the network, whole or not at all, and the Hugging Face cache on top of it. Standard library only."""
 
+import contextlib
+import fcntl
 import hashlib
 import http.client
 import os
@@ -9,6 +11,7 @@ import sys
 import threading
 import time
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 from urllib.error import HTTPError
 from urllib.parse import quote, urlsplit
@@ -28,6 +31,16 @@ def sha256_of(*paths: Path) -> str:
             while chunk := file.read(CHUNK):
                 digest.update(chunk)
     return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def one_at_a_time(folder: Path) -> Iterator[None]:
+    """Several runs may start on a fresh machine: the first to come here downloads into `folder`, the others wait for it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as lock:
+        with contextlib.suppress(OSError):  # some network file systems have no locks; then a hash still catches a mix
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def download(url: str, path: Path, sha256: str | None = None, size: int | None = None, headers: dict[str, str] | None = None,
@@ -55,22 +68,25 @@ def hub_file(repo: str, filename: str, revision: str = "main", sha256: str | Non
     if path.is_file():
         return path
     if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
-        raise ValueError(f"{repo}/{filename} is not in {cache} and HF_HUB_OFFLINE forbids to download it; unset it, or fill the cache")
+        raise ValueError(f"{repo}/{filename} is not in {cache} and HF_HUB_OFFLINE is set; unset it or fill the cache")
     endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
     url = f"{endpoint}/{repo}/resolve/{quote(commit, safe='')}/{quote(filename)}"
     headers = {"Authorization": f"Bearer {os.environ['HF_TOKEN']}"} if os.environ.get("HF_TOKEN") else {}
     arrived = cache / "blobs" / f"{commit}-{filename}".replace("/", "--")  # the commit is known when the answer is
-    said = _fetch(url, arrived, sha256, headers=headers) or ""
     try:
-        if re.fullmatch("[0-9a-f]{40}", said) and said != commit:
-            ref.parent.mkdir(parents=True, exist_ok=True)
-            ref.write_text(said)
-            path = cache / "snapshots" / said / filename
-        path.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(arrived, path)
+        with one_at_a_time(cache / "blobs"):
+            if path.is_file():
+                return path
+            said = _fetch(url, arrived, sha256, headers=headers) or ""
+            if re.fullmatch("[0-9a-f]{40}", said) and said != commit:
+                ref.parent.mkdir(parents=True, exist_ok=True)
+                ref.write_text(said)
+                path = cache / "snapshots" / said / filename
+            path.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(arrived, path)
+            return path
     except OSError as error:
-        raise ValueError(f"{repo}/{filename} cannot be put into the cache ({error}); set HF_HOME to a folder that can be written") from error
-    return path
+        raise ValueError(f"{repo}/{filename} does not get into the cache ({error}); let HF_HOME be a writable folder") from error
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
@@ -126,7 +142,7 @@ def _fetch(url: str, path: Path, sha256: str | None = None, size: int | None = N
             length = reply.headers.get("Content-Length")
             total = size if length is None else start + int(length)
             if size is not None and total != size:
-                raise ValueError(f"{url} offers {total} bytes where {size} are expected: it is not the file that is meant; check the address")
+                raise ValueError(f"{url} offers {total} bytes where {size} are expected; check the address")
             with open(partial, "r+b" if start else "wb") as file:
                 file.seek(start)
                 _copy(reply, file, path.name, total, progress)
@@ -147,7 +163,8 @@ def _fetch(url: str, path: Path, sha256: str | None = None, size: int | None = N
         raise ValueError(f"{url} was refused ({error.code} {error.reason}); {hint}") from error
     except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", None) or error
-        raise ValueError(f"{url} could not be downloaded: {str(reason) or type(error).__name__}; check network and disk, try again") from error
+        what = str(reason) or type(error).__name__
+        raise ValueError(f"{url} could not be downloaded: {what}; check network and disk, try again") from error
     return redirects.commit or reply.headers.get("X-Repo-Commit")
 
 

@@ -1,7 +1,7 @@
 """The scores of the paper, in numpy. Each metric is f(predictions, labels) -> float, not times 100.
 
 A prediction of None is an invalid generation, text that is no answer of the task: it counts as wrong.
-A correlation that is not defined, because one side is constant, is 0. `glue_score` reports how often each happened.
+A correlation that is not defined, because one side is constant or not finite, is 0. `glue_score` reports how often each happened.
 """
 
 from collections.abc import Sequence
@@ -38,7 +38,7 @@ def pearson(predictions: Sequence[float], labels: Sequence[float]) -> float:
 
 def spearman(predictions: Sequence[float], labels: Sequence[float]) -> float:
     """Pearson's correlation of the ranks; tied values share the mean of their ranks."""
-    return pearson(_ranks(predictions), _ranks(labels))
+    return 0.0 if _undefined(predictions, labels) else pearson(_ranks(predictions), _ranks(labels))
 
 
 CORRELATIONS = (matthews, pearson, spearman)
@@ -64,7 +64,7 @@ def glue_score(task_name: str, predictions: Sequence, labels: Sequence) -> dict[
 
 def _check(predictions: Sequence, labels: Sequence) -> None:
     if len(predictions) != len(labels) or len(labels) == 0:
-        raise ValueError(f"a score needs one prediction per label and at least one; got {len(predictions)} predictions, {len(labels)} labels")
+        raise ValueError(f"a score needs labels, and one prediction for each; got {len(labels)} and {len(predictions)}")
 
 
 def _filled(predictions: Sequence[int | None], labels: Sequence[int]) -> list[int]:

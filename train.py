@@ -1,0 +1,311 @@
+"""Train a ladder side network (or the whole T5) on a GLUE task, then test it (Sec. 4).
+
+    python train.py --task sst2                                        # the bundled backbone, minutes on a laptop
+    python train.py --task rte --model t5-base --keep 1,2,3,5,6,7,9,10,11    # Table 1's LST row
+    python train.py --out runs/sst2-lst-0 --predict "a gripping , beautifully acted film"
+
+A run's folder holds config.json, metrics.jsonl, results.json and trained.safetensors (what was trained, and nothing else).
+"""
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import data
+import metrics
+import prune
+import report
+from checkpoint import claim, load_trained, prepare, read_config, save_trained, sha256_of_backbone, trainable, write_json
+from model import PUBLIC, Tokenizer, load_t5, load_tokenizer
+from report import say
+from side import LadderT5
+
+METHODS = ("lst", "full")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # load_t5 refuses fp16 and says why
+SETTINGS = {  # what is not given on the command line; task.epochs is 10, or 20 for the small tasks
+    "public": {"lst": {"lr": 3e-3, "batch_size": 100, "warmup_steps": 500}, "full": {"lr": 3e-4, "batch_size": 100, "warmup_steps": 500}},
+    "nano": {"lst": {"lr": 3e-3, "batch_size": 100, "warmup_steps": 100, "epochs": 3}, "full": {"lr": 1e-3, "batch_size": 100, "warmup_steps": 100, "epochs": 3}},
+}
+MAX_NEW_TOKENS = 20  # of a generated answer
+
+
+# ------------------------------------------------------------------------------------------------------------- arguments
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):  # one line, without the usage
+        self.exit(2, f"error: {message}; python train.py --help lists every option\n")
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_argument_group("what to train")
+    what.add_argument("--task", choices=data.TASKS, help="the GLUE task")
+    what.add_argument("--model", default="nano", help=f"frozen backbone: nano (bundled, the default), {', '.join(PUBLIC)}, or a folder")
+    what.add_argument("--method", default="lst", choices=METHODS, help="lst: the ladder side network (default); full: the whole T5")
+    what.add_argument("--data", help="folder of the official GLUE folders, or `sample` for the bundled sentences; default: download")
+    what.add_argument("--prompts", default="paper", choices=("paper", "t5"), help="the authors' prompts with digits as answers (default), or T5's with words")
+    what.add_argument("--max-train-rows", type=positive, help="use only the first so many training rows")
+    ladder = parser.add_argument_group("the ladder (Sec. 3)")
+    ladder.add_argument("--r", type=positive, default=8, help="reduction factor (default 8)")
+    ladder.add_argument("--keep", type=layers, help="0-based layers kept in side encoder and decoder, e.g. 1,3,5 (default: all)")
+    ladder.add_argument("--init", default="fisher", choices=("fisher", "magnitude", "random"), help="importance for the initial weights (default fisher)")
+    ladder.add_argument("--prune", default="published", choices=("published", "aligned"), help="how rows are chosen (default published)")
+    ladder.add_argument("--fisher-samples", type=positive, default=1024, help="training rows for the Fisher information (default 1024)")
+    ladder.add_argument("--gates", default="learned", choices=("learned", "shut"), help="shut: mu = 0, no ladders")
+    run = parser.add_argument_group("the run (defaults depend on model, method and task; they are printed at the start)")
+    run.add_argument("--epochs", type=positive)
+    run.add_argument("--max-steps", type=positive, help="stop after so many steps")
+    run.add_argument("--batch-size", type=positive)
+    run.add_argument("--lr", type=float, help="peak learning rate")
+    run.add_argument("--warmup-steps", type=int)
+    run.add_argument("--seed", type=int, default=0)
+    run.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    run.add_argument("--dtype", default="fp32", help="of the frozen backbone: fp32 (default) or bf16")
+    files = parser.add_argument_group("files")
+    files.add_argument("--out", help="the run's folder (default: a new one, runs/<task>-<method>-<number>)")
+    files.add_argument("--overwrite", action="store_true", help="allow --out to name a folder that is not empty")
+    files.add_argument("--predict", metavar="TEXT", help="answer for one input with the run in --out; for tasks on pairs: \"A | B\"")
+    args = parser.parse_args(argv)
+    if args.predict is not None and not args.out:
+        parser.error("--predict needs --out, the folder of a run that has ended")
+    if args.predict is None and not args.task:
+        parser.error(f"--task is missing: choose from {', '.join(data.TASKS)}")
+    return args
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 up")
+    return int(text)
+
+
+def layers(text: str) -> list[int]:
+    if not all(part.strip().isdecimal() for part in text.split(",")):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of 0-based layers such as 1,3,5")
+    return [int(part) for part in text.split(",")]
+
+
+def settle(args: argparse.Namespace, rows: int, sample: bool) -> None:
+    """Fill in what the command line left open, for this many training rows."""
+    settings = {"epochs": data.TASKS[args.task].epochs, **SETTINGS["nano" if args.model == "nano" else "public"][args.method]}
+    for name, value in settings.items():
+        if getattr(args, name) is None and not (sample and name == "warmup_steps"):
+            setattr(args, name, value)
+    args.steps = min(args.max_steps or math.inf, args.epochs * math.ceil(rows / args.batch_size))
+    if args.warmup_steps is None:
+        args.warmup_steps = args.steps // 10
+    if not (args.lr > 0 and math.isfinite(args.lr)) or args.warmup_steps < 0:
+        raise ValueError(f"lr is {args.lr} and warmup-steps {args.warmup_steps}: lr must be above 0 and warmup-steps not below")
+
+
+# ----------------------------------------------------------------------------------------------------------------- model
+
+def build(args: argparse.Namespace) -> nn.Module:
+    """The backbone with what the method trains: requires_grad says which parameters those are."""
+    try:
+        torch.zeros(1, device=args.device)
+    except (RuntimeError, AssertionError):
+        raise ValueError(f"device {args.device!r} cannot be used here; choose cpu, or cuda where there is one") from None
+    if args.method == "full" and DTYPES.get(args.dtype) == torch.bfloat16:
+        raise ValueError("--dtype bf16 is for a frozen backbone; --method full trains it, so use --dtype fp32")
+    if args.dtype not in DTYPES:
+        raise ValueError(f"dtype is {args.dtype!r}, choose from fp32, bf16")
+    t5 = load_t5(args.model, device=args.device, dtype=DTYPES[args.dtype])
+    if args.method == "full":
+        return t5
+    ladder = LadderT5(t5, r=args.r, keep=args.keep)
+    return ladder.shut_gates() if args.gates == "shut" else ladder
+
+
+def initialize(ladder: LadderT5, args: argparse.Namespace, rows: list[data.Encoded]) -> None:
+    """Sec. 3.3: weights for the side network out of the backbone, by the importance that --init names."""
+    if args.init == "magnitude":
+        prune.init_side(ladder, prune.magnitude(ladder.backbone), args.prune)
+    elif args.init == "fisher":
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(args.seed)).tolist()[: args.fisher_samples]
+        progress = report.Progress("Fisher information, sample", len(order))
+
+        def samples() -> Iterator[data.Batch]:
+            for done, row in enumerate(order, 1):
+                yield to_device(data.collate([rows[row]]), args.device)
+                progress.step(done)
+
+        prune.init_side(ladder, prune.fisher(ladder.backbone, samples(), len(order)), args.prune)
+
+
+def to_device(batch: data.Batch, device: str) -> data.Batch:
+    return data.Batch(*(tensor.to(device) for tensor in batch))
+
+
+def loss_of(model: nn.Module, batch: data.Batch) -> Tensor:
+    """Mean cross-entropy over the label tokens of the batch."""
+    logits = model(batch.source_ids, batch.source_mask, batch.decoder_ids, batch.decoder_mask)  # (B, T, V)
+    return F.cross_entropy(logits.flatten(0, 1).float(), batch.labels.flatten(), ignore_index=-100)
+
+
+def learning_rate(step: int, peak: float, warmup: int, total: int) -> float:
+    """Linear warm-up, then linear decay to 0.  step counts from 0."""
+    return peak * (step + 1) / warmup if step < warmup else peak * (total - step) / max(1, total - warmup)
+
+
+def evaluate(model: nn.Module, tokenizer: Tokenizer, args: argparse.Namespace, examples: list[data.Example]) -> dict:
+    """Greedy answers -> the task's metrics in percent."""
+    encoded, answers = data.encode(examples, tokenizer), [None] * len(examples)
+    was_training = model.training
+    model.eval()
+    for rows in data.in_order(encoded, args.batch_size):
+        batch = to_device(data.collate([encoded[i] for i in rows]), args.device)
+        for i, ids in zip(rows, model.generate(batch.source_ids, batch.source_mask, MAX_NEW_TOKENS).tolist()):
+            answers[i] = data.read_answer(args.task, tokenizer.decode(ids), args.prompts)
+    model.train(was_training)
+    if len(set(answers)) == 1 and len(set(e.label for e in examples)) > 1:
+        say(f"warning: every answer is {answers[0]!r}: the model has learned nothing yet, or the learning rate {args.lr} is too high")
+    return metrics.glue_score(args.task, answers, [example.label for example in examples])
+
+
+def load(folder: str | Path, device: str = "cpu") -> tuple[nn.Module, Tokenizer]:
+    """What a run left, ready to answer: the model in eval mode, and its tokenizer.  ValueError if the backbone is not the same."""
+    args = argparse.Namespace(**read_config(folder) | {"device": device})
+    if (found := sha256_of_backbone(args.model)) != args.backbone_sha256:
+        raise ValueError(f"the backbone {args.model} is not the one of {folder}: sha256 {found[:12]}..., was {args.backbone_sha256[:12]}...")
+    model = build(args)
+    load_trained(folder, model)
+    return model.eval(), load_tokenizer(args.model)
+
+
+# ------------------------------------------------------------------------------------------------------------------ main
+
+def predict(args: argparse.Namespace) -> dict:
+    """The answer of the run in --out to one text."""
+    run = argparse.Namespace(**read_config(args.out))
+    model, tokenizer = load(args.out, args.device)
+    example = data.Example(data.prompt(run.task, args.predict, run.prompts), "", 0)
+    batch = to_device(data.collate(data.encode([example], tokenizer)), args.device)
+    text = tokenizer.decode(model.generate(batch.source_ids, batch.source_mask, MAX_NEW_TOKENS)[0].tolist())
+    label, words = data.read_answer(run.task, text, run.prompts), data.TASKS[run.task].words
+    say(f"{text!r}, which is no answer of {run.task}" if label is None else words[label] if words else str(label))
+    return {"text": text, "label": label}
+
+
+def train(args: argparse.Namespace) -> dict:
+    start = time.time()
+    torch.manual_seed(args.seed)
+    out = claim(args.out, args.task, args.method, args.overwrite)
+
+    # model: the frozen backbone and what is trained
+    model, tokenizer = build(args), load_tokenizer(args.model)
+    backbone = model.backbone if args.method == "lst" else model
+    if tokenizer.vocab_size > backbone.config.vocab_size:
+        raise ValueError(f"{args.model}: spiece.model has {tokenizer.vocab_size} ids, config.json's vocab_size is {backbone.config.vocab_size}")
+
+    # data: rows of a file -> text pairs -> token ids
+    dataset = data.load(args.task, args.data, args.prompts)
+    if dataset.fallback:
+        say(data.banner(dataset.fallback))
+    rows = data.encode(dataset.train[: args.max_train_rows], tokenizer)
+    settle(args, len(rows), sample=dataset.name == "bundled-sample")
+
+    total, count = sum(p.numel() for p in backbone.parameters()), sum(p.numel() for p in trainable(model).values())
+    say(f"{args.method} on {args.model}: {count:,} parameters train, {100 * count / total:.3f} % of the backbone's {total:,}")
+    say(f"{args.task} ({dataset.name}): {len(rows):,} training, {len(dataset.val):,} validation, {len(dataset.test):,} test rows"
+        + (f", {dataset.skipped} skipped" if dataset.skipped else ""))
+    say(f"{args.epochs} epochs, {args.steps} steps of {args.batch_size} rows, peak learning rate {args.lr:g} after {args.warmup_steps} steps, "
+        f"seed {args.seed}, {report.hardware(args.device)}")
+    if args.method == "lst":
+        initialize(model, args, rows)
+
+    config = {name: value for name, value in vars(args).items() if name not in ("out", "overwrite", "predict")}
+    config["model"] = args.model if args.model in (*PUBLIC, "nano") else str(Path(args.model).resolve())
+    config |= {"backbone_sha256": sha256_of_backbone(args.model), "data_sha256": dataset.sha256}
+    prepare(out, config)
+
+    # optimizer
+    parameters = list(trainable(model).values())
+    optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0, fused=True)
+
+    # the loop
+    step, best, progress, loop_start = 0, None, report.Progress("step", args.steps), time.time()
+    log = open(out / "metrics.jsonl", "w", encoding="utf-8")
+    try:
+        for epoch in range(args.epochs):
+            model.train()
+            for indices in data.batches(rows, args.batch_size, args.seed, epoch)[: args.steps - step]:
+                batch = to_device(data.collate([rows[i] for i in indices]), args.device)
+                lr = learning_rate(step, args.lr, args.warmup_steps, args.steps)
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
+                loss = loss_of(model, batch)
+                if not math.isfinite(loss.item()):
+                    raise FloatingPointError(f"the loss is {loss.item()} in step {step + 1} at learning rate {lr:.2e}; try a lower --lr")
+                loss.backward()
+                nn.utils.clip_grad_norm_(parameters, 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+                step += 1
+
+                rate, peak = step * args.batch_size / (time.time() - loop_start), report.peak_memory(args.device)[0] / 2**20
+                progress.step(step, f"epoch {epoch + 1}  loss {loss.item():.4f}  {rate:.0f} examples/s  peak {peak:.0f} MiB")
+                log.write(json.dumps({"step": step, "epoch": epoch + 1, "loss": loss.item(), "lr": lr, "seconds": round(time.time() - start, 2)}) + "\n")
+            val = evaluate(model, tokenizer, args, dataset.val)
+            say(f"epoch {epoch + 1}: validation {report.scores(val)}")
+            log.write(json.dumps({"step": step, "epoch": epoch + 1, "val": val}) + "\n")
+            if best is None or val["score"] > best["val"]["score"]:
+                best = {"epoch": epoch + 1, "val": val}
+                save_trained(out, model, config)
+            if step == args.steps:
+                break
+    except (KeyboardInterrupt, FloatingPointError):
+        say(f"\nstopped after {step} of {args.steps} steps; " + (
+            f"epoch {best['epoch']} (validation {best['val']['score']:.2f}) is kept in {out}" if best else "no epoch had ended, no weights were kept"))
+        raise
+    finally:
+        log.close()
+
+    # the best epoch's test score
+    load_trained(out, model)
+    test = evaluate(model, tokenizer, args, dataset.test)
+    peak, kind = report.peak_memory(args.device)
+    results = {
+        "task": args.task, "model": config["model"], "method": args.method, "data": dataset.name, "seed": args.seed,
+        "trainable_params": count, "total_params": total, "trainable_percent": 100 * count / total,
+        "steps": step, "best_epoch": best["epoch"], "seconds": round(time.time() - start, 1), "peak_memory_bytes": peak, "peak_memory_kind": kind,
+        "val": best["val"], "test": test, "fallback": dataset.fallback, "skipped_rows": dataset.skipped,
+        "hardware": report.hardware(args.device), "torch": torch.__version__, "config": config,
+    }
+    if args.method == "lst":
+        results["gates"] = {name: [rung.mu.item() for rung in getattr(model, name).ladders] for name in ("encoder", "decoder")}
+        say(report.gates(model))
+    write_json(out / "results.json", results)
+    say(f"test {report.scores(test)}  (epoch {best['epoch']}, the best on validation)")
+    say(f"{results['seconds'] / 60:.1f} minutes, {kind} memory {peak / 2**20:.0f} MiB, saved in {out}")
+    return results
+
+
+def main(argv: Sequence[str] | None = None) -> dict:
+    """Train, or --predict, as the command line says; returns what results.json holds.
+
+    What the user can mend ends with one line and exit code 2, a loss that is not finite with 1, Ctrl-C with 130.
+    """
+    args = parse(argv)
+    try:
+        return predict(args) if args.predict is not None else train(args)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except FloatingPointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()
