@@ -10,6 +10,7 @@ pruned ones go from the next matrix -> what is left, 1/r as wide, starts the sid
 Both modes answer one question for each parameter of the backbone: which rows and which columns stay?
 """
 from collections.abc import Iterable
+from itertools import islice
 
 import torch
 import torch.nn.functional as F
@@ -31,28 +32,28 @@ def fisher(t5: T5, batches: Iterable[tuple[Tensor, ...]], samples: int = 1024) -
     """Empirical Fisher information: squared gradients of the loss with gold labels, one sample at a time, summed.
 
     batches yield (source_ids, source_mask, decoder_ids, decoder_mask, labels) of any batch size; their rows are taken one by one.
-    Memory: weights + one gradient + one accumulator.  No dropout.  The model is left as it was, without gradients.
+    Memory: weights + one gradient + one accumulator (float32).  No dropout.  The model is left as it was, without gradients.
     """
     was_training, was_trainable = t5.training, [p.requires_grad for p in t5.parameters()]
-    t5.requires_grad_(True).eval()
-    importance = {name: torch.zeros_like(p) for name, p in t5.named_parameters()}
+    importance = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in t5.named_parameters()}
     rows = (tuple(tensor[i : i + 1] for tensor in batch) for batch in batches for i in range(len(batch[0])))
     seen = 0
-    for source_ids, source_mask, decoder_ids, decoder_mask, labels in rows:
-        if seen == samples:
-            break
-        seen += 1
-        logits = t5(source_ids, source_mask, decoder_ids, decoder_mask)
-        F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100).backward()
-        for name, p in t5.named_parameters():
-            if p.grad is not None:
-                importance[name].addcmul_(p.grad, p.grad)
-                p.grad = None
+    t5.requires_grad_(True).eval().zero_grad()
+    try:
+        for source_ids, source_mask, decoder_ids, decoder_mask, labels in islice(rows, samples):
+            logits = t5(source_ids, source_mask, decoder_ids, decoder_mask)
+            F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100).backward()
+            for name, p in t5.named_parameters():
+                if p.grad is not None:
+                    importance[name] += p.grad.float().square()
+                    p.grad = None
+            seen += 1
+    finally:
+        t5.train(was_training).zero_grad()
+        for p, trainable in zip(t5.parameters(), was_trainable):
+            p.requires_grad_(trainable)
     if not seen:
         raise ValueError("fisher needs at least one sample, got none")
-    for p, trainable in zip(t5.parameters(), was_trainable):
-        p.requires_grad_(trainable)
-    t5.train(was_training)
     return importance
 
 

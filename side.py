@@ -100,7 +100,7 @@ def check_keep(keep: Sequence[int] | None, config: T5Config) -> tuple[Sequence[i
     if keep is None:
         return range(config.num_layers), range(config.num_decoder_layers)
     common = min(config.num_layers, config.num_decoder_layers)
-    if not keep or len(set(keep)) < len(keep) or not all(0 <= i < common for i in keep):
+    if not keep or len(set(keep)) < len(keep) or not set(keep) <= set(range(common)):
         raise ValueError(f"keep is {list(keep)}, but it must name at least one of the backbone's layers 0 to {common - 1}, each once")
     return sorted(keep), sorted(keep)
 

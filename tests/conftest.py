@@ -1,0 +1,6 @@
+"""The modules under test are files of the repository's root."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
