@@ -8,17 +8,18 @@ storage is counted once; parameters are left out.  On torch's meta device tensor
 """
 import argparse
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model import T5, T5Config
-from side import LadderT5
+from report import Parser, hardware, positive
+from side import LadderT5, side_config
 
 SIZES = {  # the public T5 v1.0 checkpoints
     "t5-small": dict(d_model=512, d_kv=64, d_ff=2048, num_layers=6, num_heads=8),
@@ -31,20 +32,24 @@ GB = 2**20 * 1000  # the paper's "GB" is 1000 MiB
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--model", default="t5-base", choices=SIZES)
-    parser.add_argument("--batch-size", type=int, help="default: the paper's 100, or 8 with --time")
-    parser.add_argument("--source-length", type=int, default=128)
-    parser.add_argument("--target-length", type=int, default=2)
-    parser.add_argument("--r", type=int, default=8)
+    parser.add_argument("--batch-size", type=positive, help="default: the paper's 100, or 8 with --time")
+    parser.add_argument("--source-length", type=positive, default=128)
+    parser.add_argument("--target-length", type=positive, default=2)
+    parser.add_argument("--r", type=positive, default=8)
     parser.add_argument("--attention", default="eager", choices=("eager", "fused"), help="the same for every row (default eager, as the paper's)")
     parser.add_argument("--time", action="store_true", help="measure steps instead of counting bytes")
-    parser.add_argument("--rounds", type=int, default=5, help="timed rounds after one that is not counted (default 5)")
+    parser.add_argument("--rounds", type=positive, default=5, help="timed rounds after one that is not counted (default 5)")
     parser.add_argument("--json", help="also write the result to this file")
     args = parser.parse_args(argv)
     args.batch_size = args.batch_size or (8 if args.time else 100)
-    if min(args.batch_size, args.source_length, args.target_length, args.rounds) < 1:
-        parser.error("batch-size, source-length, target-length and rounds must be at least 1")
+    try:
+        side_config(T5Config(**SIZES[args.model]), args.r)
+    except ValueError as error:
+        parser.error(str(error))
+    if args.json and (Path(args.json).is_dir() or not Path(args.json).absolute().parent.is_dir()):
+        parser.error(f"--json {args.json} cannot be written: name a file in a folder that is there")
     return args
 
 
@@ -153,7 +158,7 @@ def measure(args: argparse.Namespace) -> list[dict]:
 def show_seconds(rows: list[dict], args: argparse.Namespace) -> None:
     forward, ladder, full = (row["seconds"] for row in rows)
     print(f"{args.model}'s sizes, random weights, batch {args.batch_size}, source {args.source_length}, target {args.target_length}, fp32, "
-          f"{args.attention} attention\n{torch.get_num_threads()} threads of {platform.processor() or platform.machine()}, torch {torch.__version__}, "
+          f"{args.attention} attention\n{hardware('cpu')}, torch {torch.__version__}, "
           f"median of {args.rounds} rounds (fastest, slowest)\n")
     for row in rows:
         print(f"{row['method']:36}{row['seconds']:7.3f} s  ({row['fastest']:.3f}, {row['slowest']:.3f})  {'█' * round(40 * row['seconds'] / full)}")
@@ -165,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     args = parse(argv)
     rows = measure(args) if args.time else count(args)
     (show_seconds if args.time else show_bytes)(rows, args)
-    result = {"rows": rows, "arguments": vars(args), "torch": torch.__version__, "threads": torch.get_num_threads()}
+    result = {"rows": rows, "arguments": vars(args), "torch": torch.__version__, "hardware": hardware("cpu")}
     if args.json:
         with open(args.json, "w", encoding="utf-8") as file:
             json.dump(result, file, indent=2)

@@ -3,6 +3,7 @@
 trained.safetensors holds what was trained and nothing else; its metadata repeats the run's config with the backbone's sha256,
 so the file alone says what it belongs to.
 """
+import itertools
 import json
 import os
 from pathlib import Path
@@ -12,30 +13,42 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from download import NotThere, sha256_of
-from model import locate
+from download import sha256_of
+from model import locate, weight_files
+
+# what `train.load` takes from a run's config
+NEEDED = {"task": str, "model": str, "method": str, "prompts": str, "dtype": str, "gates": str, "backbone_sha256": str, "r": int, "keep": (list, type(None))}
 
 
-def claim(out: str | None, task: str, method: str, overwrite: bool) -> Path:
-    """The folder for a new run; it is made by `prepare`.  ValueError if the given one is not empty."""
+def check_folder(out: str | None, overwrite: bool) -> None:
+    """ValueError if a run could not go into this folder; nothing is made yet."""
     if out is None:
-        number = 0
-        while Path(f"runs/{task}-{method}-{number}").exists():
-            number += 1
-        return Path(f"runs/{task}-{method}-{number}")
-    if Path(out).exists() and not Path(out).is_dir():
+        return
+    path = Path(out)
+    if path.exists() and not path.is_dir():
         raise ValueError(f"{out} is a file; --out names a folder")
-    if not overwrite and Path(out).exists() and any(Path(out).iterdir()):
+    if not overwrite and path.exists() and any(path.iterdir()):
         raise ValueError(f"{out} is not empty: choose another --out, or give --overwrite")
-    return Path(out)
+    there = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ValueError(f"{out} cannot be made: {there} is no folder that can be written to")
 
 
-def prepare(out: Path, config: dict) -> None:
-    """Make the folder and write config.json.  Results of an overwritten run go; its weights stay until there are better ones."""
-    out.mkdir(parents=True, exist_ok=True)
-    for stale in ("results.json", "metrics.jsonl"):
-        (out / stale).unlink(missing_ok=True)
-    write_json(out / "config.json", config)
+def make_folder(out: str | None, task: str, method: str) -> Path:
+    """The run's folder, without what an overwritten run left; by default the first free runs/<task>-<method>-<number>."""
+    if out is None:
+        for number in itertools.count():
+            try:
+                path = Path(f"runs/{task}-{method}-{number}")
+                path.mkdir(parents=True)  # also decides between two runs that start together
+                return path
+            except FileExistsError:
+                pass
+    path = Path(out)
+    path.mkdir(parents=True, exist_ok=True)
+    for stale in ("config.json", "metrics.jsonl", "results.json", "trained.safetensors"):
+        (path / stale).unlink(missing_ok=True)
+    return path
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -51,7 +64,10 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 def save_trained(out: Path, model: nn.Module, config: dict) -> None:
     path, partial = out / "trained.safetensors", out / "trained.safetensors.partial"
     tensors = {name: p.detach().cpu().contiguous() for name, p in trainable(model).items()}
-    save_file(tensors, partial, metadata={"config": json.dumps(config)})
+    try:
+        save_file(tensors, partial, metadata={"config": json.dumps(config)})
+    except SafetensorError as error:
+        raise OSError(f"{partial} could not be written: {error}") from None
     os.replace(partial, path)
 
 
@@ -62,9 +78,13 @@ def read_config(out: str | Path) -> dict:
         raise ValueError(f"{path} is not there: {out} is not the folder of a run that kept its weights")
     try:
         with safe_open(path, framework="pt") as file:
-            return dict(json.loads((file.metadata() or {})["config"]))
-    except (SafetensorError, KeyError, ValueError, TypeError):
-        raise ValueError(f"{path} is damaged or was not written by train.py; train again") from None
+            config = json.loads((file.metadata() or {})["config"])
+        fits = all(isinstance(config[name], kind) for name, kind in NEEDED.items()) and all(type(i) is int for i in config["keep"] or [])
+    except (SafetensorError, KeyError, ValueError, TypeError, RecursionError):
+        fits = False
+    if not fits:
+        raise ValueError(f"{path} is damaged or was not written by train.py; train again")
+    return config
 
 
 def load_trained(out: str | Path, model: nn.Module) -> None:
@@ -82,11 +102,5 @@ def load_trained(out: str | Path, model: nn.Module) -> None:
 
 
 def sha256_of_backbone(model: str) -> str:
-    """Hash of the weights' file; where there are shards, of their index."""
-    try:
-        path = locate(model, "model.safetensors")
-    except NotThere:
-        path = None
-    if path is None or not path.is_file():
-        path = locate(model, "model.safetensors.index.json")
-    return sha256_of(path)
+    """One hash over config.json, spiece.model and the weights."""
+    return sha256_of(locate(model, "config.json"), locate(model, "spiece.model"), *weight_files(model))

@@ -70,7 +70,7 @@ class T5Config:
         for name in ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_decoder_layers", "num_heads",
                      "relative_attention_num_buckets", "relative_attention_max_distance"):
             value = getattr(self, name)
-            limit = 1000 if name.endswith("layers") else 2**24
+            limit = 1000 if name.endswith("layers") else 2**20
             if type(value) is not int or not 1 <= value <= limit:
                 raise ValueError(f"T5 config: {name} is {value!r}, it must be a whole number from 1 to {limit}")
         if self.relative_attention_num_buckets % 4 or self.relative_attention_max_distance <= self.relative_attention_num_buckets // 2:
@@ -459,33 +459,38 @@ STRAY = {"decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight
 ALIASES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight")  # copies of shared.weight in some exports
 
 
+def weight_files(model: str | Path) -> list[Path]:
+    """model.safetensors, or the shards that model.safetensors.index.json lists."""
+    try:
+        path = locate(model, "model.safetensors")
+        if path.is_file():
+            return [path]
+        missing = ValueError(f"{path} is not there; a backbone's folder holds config.json, model.safetensors and spiece.model")
+    except NotThere as error:
+        missing = error
+    try:
+        index = locate(model, "model.safetensors.index.json")
+        text = index.read_bytes()
+    except (NotThere, FileNotFoundError):
+        raise missing from None
+    try:
+        names = sorted(set(json.loads(text)["weight_map"].values()))
+        foreign = [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise ValueError(f"{index} is not an index of safetensors shards; get it again") from None
+    if foreign or not names:
+        raise ValueError(f"{index} names no shards, or files that are not beside it: {foreign[:3]}")
+    return [locate(model, name) for name in names]
+
+
 class Checkpoint:
-    """A safetensors file, or the shards that an index lists, opened lazily: tensors are mapped, not read, until they are used."""
+    """Safetensors files opened lazily: tensors are mapped, not read, until they are used."""
 
     def __init__(self, model: str | Path):
-        try:
-            paths = [locate(model, "model.safetensors")]
-            if not paths[0].is_file():
-                raise NotThere(f"{paths[0]} is not there; a backbone's folder holds config.json, model.safetensors and spiece.model")
-        except NotThere as missing:
-            paths = self.shards(model, missing)
         self.files = {}
-        for path in paths:
+        for path in weight_files(model):
             opened = self.open(path)
             self.files.update({key: opened for key in opened.keys()})
-
-    @staticmethod
-    def shards(model: str | Path, missing: NotThere) -> list[Path]:
-        try:
-            index = locate(model, "model.safetensors.index.json")
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (NotThere, FileNotFoundError):
-            raise missing from None
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise ValueError(f"{index} is not an index of safetensors shards; get it again") from None
-        if any(Path(name).name != name for name in names):
-            raise ValueError(f"{index} names files outside its own folder: {names[:3]}")
-        return [locate(model, name) for name in names]
 
     @staticmethod
     def open(path: Path):
@@ -568,6 +573,8 @@ class Tokenizer:
             self.pieces = SentencePieceProcessor(model_file=str(path))
         except (RuntimeError, OSError):
             raise ValueError(f"{path} is missing or no SentencePiece model; a backbone's folder holds spiece.model") from None
+        if "Ａ" in self.pieces.normalize("Ａ"):  # a file that was cut behind its pieces still opens, but it normalizes nothing
+            raise ValueError(f"{path} was cut off, its normalization is missing: get it again")
         special = (self.pieces.pad_id(), self.pieces.eos_id(), self.pieces.unk_id())
         if special != (PAD, EOS, UNK):
             raise ValueError(f"{path} is not T5's: its pad, end and unknown ids are {special}, must be {(PAD, EOS, UNK)}")
@@ -575,10 +582,10 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids without the end token.  <extra_id_0> ... <extra_id_99> become sentinels and take the space around them along."""
-        ids = []
-        for part in re.split(r"\s*(<extra_id_\d\d?>)\s*", text):
-            sentinel = re.fullmatch(r"<extra_id_(\d\d?)>", part)
-            ids += [self.vocab_size - 1 - int(sentinel[1])] if sentinel else self.pieces.encode(part)
+        parts = re.split(r"<extra_id_([0-9]|[1-9][0-9])>", text)  # text, number, text, number, ..., text
+        ids = self.pieces.encode(parts[0])
+        for number, rest in zip(parts[1::2], parts[2::2]):
+            ids += [self.vocab_size - 1 - int(number), *self.pieces.encode(rest)]
         return ids
 
     def decode(self, ids: list[int]) -> str:
@@ -592,7 +599,7 @@ class Tokenizer:
                     break
                 words.append(f"<extra_id_{self.vocab_size - 1 - i}>")
             elif i != PAD:
-                run.append(i if i < self.vocab_size else UNK)
+                run.append(i if 0 < i < self.vocab_size else UNK)
         return " ".join(words)
 
 

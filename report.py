@@ -1,4 +1,5 @@
-"""What a run shows: a progress line, its scores, its memory, and what its gates learned."""
+"""What a run says: to a wrong argument, how far it is, its scores, its memory, and what its gates learned."""
+import argparse
 import platform
 import resource
 import sys
@@ -6,6 +7,22 @@ import time
 from pathlib import Path
 
 import torch
+
+
+class Parser(argparse.ArgumentParser):
+    """A wrong argument is answered with one line, without the usage."""
+
+    def __init__(self, description: str):
+        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message: str):
+        self.exit(2, f"error: {message}; --help lists every option\n")
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text[:12]) <= 10**9:
+        raise argparse.ArgumentTypeError(f"{text[:20]!r} is not a whole number from 1 to 10^9")
+    return int(text)
 
 
 def say(text: str) -> None:
@@ -42,13 +59,13 @@ def scores(values: dict) -> str:
 def peak_memory(device: str) -> tuple[int, str]:
     """Bytes, and what they are the peak of."""
     if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated(), "CUDA's peak"
+        return torch.cuda.max_memory_allocated(device), "CUDA's peak"
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024), "the process's peak"
 
 
 def hardware(device: str) -> str:
     if device.startswith("cuda"):
-        return torch.cuda.get_device_name()
+        return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")
     names = [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")] if cpuinfo.is_file() else []
     return f"{torch.get_num_threads()} threads of {names[0] if names else platform.machine()}"

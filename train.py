@@ -22,12 +22,13 @@ import data
 import metrics
 import prune
 import report
-from checkpoint import claim, load_trained, prepare, read_config, save_trained, sha256_of_backbone, trainable, write_json
+from checkpoint import check_folder, load_trained, make_folder, read_config, save_trained, sha256_of_backbone, trainable, write_json
 from model import PUBLIC, Tokenizer, load_t5, load_tokenizer
-from report import say
+from report import Parser, positive, say
 from side import LadderT5
 
 METHODS = ("lst", "full")
+PROMPTS = ("paper", "t5")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # load_t5 refuses fp16 and says why
 SETTINGS = {  # what is not given on the command line; task.epochs is 10, or 20 for the small tasks
     "public": {"lst": {"lr": 3e-3, "batch_size": 100, "warmup_steps": 500}, "full": {"lr": 3e-4, "batch_size": 100, "warmup_steps": 500}},
@@ -38,19 +39,14 @@ MAX_NEW_TOKENS = 20  # of a generated answer
 
 # ------------------------------------------------------------------------------------------------------------- arguments
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str):  # one line, without the usage
-        self.exit(2, f"error: {message}; python train.py --help lists every option\n")
-
-
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     what = parser.add_argument_group("what to train")
     what.add_argument("--task", choices=data.TASKS, help="the GLUE task")
     what.add_argument("--model", default="nano", help=f"frozen backbone: nano (bundled, the default), {', '.join(PUBLIC)}, or a folder")
     what.add_argument("--method", default="lst", choices=METHODS, help="lst: the ladder side network (default); full: the whole T5")
     what.add_argument("--data", help="folder of the official GLUE folders, or `sample` for the bundled sentences; default: download")
-    what.add_argument("--prompts", default="paper", choices=("paper", "t5"), help="the authors' prompts with digits as answers (default), or T5's with words")
+    what.add_argument("--prompts", default="paper", choices=PROMPTS, help="the authors' prompts with digits as answers (default), or T5's with words")
     what.add_argument("--max-train-rows", type=positive, help="use only the first so many training rows")
     ladder = parser.add_argument_group("the ladder (Sec. 3)")
     ladder.add_argument("--r", type=positive, default=8, help="reduction factor (default 8)")
@@ -64,8 +60,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     run.add_argument("--max-steps", type=positive, help="stop after so many steps")
     run.add_argument("--batch-size", type=positive)
     run.add_argument("--lr", type=float, help="peak learning rate")
-    run.add_argument("--warmup-steps", type=int)
-    run.add_argument("--seed", type=int, default=0)
+    run.add_argument("--warmup-steps", type=whole)
+    run.add_argument("--seed", type=whole, default=0)
     run.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     run.add_argument("--dtype", default="fp32", help="of the frozen backbone: fp32 (default) or bf16")
     files = parser.add_argument_group("files")
@@ -80,14 +76,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 up")
-    return int(text)
+def whole(text: str) -> int:
+    return 0 if text == "0" else positive(text)
 
 
 def layers(text: str) -> list[int]:
-    if not all(part.strip().isdecimal() for part in text.split(",")):
+    if not all(part.isdecimal() and len(part) < 5 for part in text.split(",")):
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of 0-based layers such as 1,3,5")
     return [int(part) for part in text.split(",")]
 
@@ -101,8 +95,8 @@ def settle(args: argparse.Namespace, rows: int, sample: bool) -> None:
     args.steps = min(args.max_steps or math.inf, args.epochs * math.ceil(rows / args.batch_size))
     if args.warmup_steps is None:
         args.warmup_steps = args.steps // 10
-    if not (args.lr > 0 and math.isfinite(args.lr)) or args.warmup_steps < 0:
-        raise ValueError(f"lr is {args.lr} and warmup-steps {args.warmup_steps}: lr must be above 0 and warmup-steps not below")
+    if not (args.lr > 0 and math.isfinite(args.lr)):
+        raise ValueError(f"lr is {args.lr}, it must be a finite number above 0")
 
 
 # ----------------------------------------------------------------------------------------------------------------- model
@@ -110,13 +104,15 @@ def settle(args: argparse.Namespace, rows: int, sample: bool) -> None:
 def build(args: argparse.Namespace) -> nn.Module:
     """The backbone with what the method trains: requires_grad says which parameters those are."""
     try:
-        torch.zeros(1, device=args.device)
+        torch.zeros(1, device=args.device).item()
     except (RuntimeError, AssertionError):
         raise ValueError(f"device {args.device!r} cannot be used here; choose cpu, or cuda where there is one") from None
     if args.method == "full" and DTYPES.get(args.dtype) == torch.bfloat16:
         raise ValueError("--dtype bf16 is for a frozen backbone; --method full trains it, so use --dtype fp32")
     if args.dtype not in DTYPES:
         raise ValueError(f"dtype is {args.dtype!r}, choose from fp32, bf16")
+    if args.method == "full" and (args.keep or args.gates == "shut"):
+        raise ValueError("--keep and --gates shape the side network, --method full has none: leave them out")
     t5 = load_t5(args.model, device=args.device, dtype=DTYPES[args.dtype])
     if args.method == "full":
         return t5
@@ -173,6 +169,8 @@ def evaluate(model: nn.Module, tokenizer: Tokenizer, args: argparse.Namespace, e
 def load(folder: str | Path, device: str = "cpu") -> tuple[nn.Module, Tokenizer]:
     """What a run left, ready to answer: the model in eval mode, and its tokenizer.  ValueError if the backbone is not the same."""
     args = argparse.Namespace(**read_config(folder) | {"device": device})
+    if args.task not in data.TASKS or args.method not in METHODS or args.prompts not in PROMPTS:
+        raise ValueError(f"{folder} holds a run of method {args.method!r} on task {args.task!r} with prompts {args.prompts!r}, which are not known here")
     if (found := sha256_of_backbone(args.model)) != args.backbone_sha256:
         raise ValueError(f"the backbone {args.model} is not the one of {folder}: sha256 {found[:12]}..., was {args.backbone_sha256[:12]}...")
     model = build(args)
@@ -186,6 +184,8 @@ def predict(args: argparse.Namespace) -> dict:
     """The answer of the run in --out to one text."""
     run = argparse.Namespace(**read_config(args.out))
     model, tokenizer = load(args.out, args.device)
+    if not args.predict.isascii() and args.predict != args.predict.encode("utf-8", "ignore").decode():
+        raise ValueError(f"--predict takes UTF-8 text, given was {args.predict[:40]!r}")
     example = data.Example(data.prompt(run.task, args.predict, run.prompts), "", 0)
     batch = to_device(data.collate(data.encode([example], tokenizer)), args.device)
     text = tokenizer.decode(model.generate(batch.source_ids, batch.source_mask, MAX_NEW_TOKENS)[0].tolist())
@@ -197,13 +197,15 @@ def predict(args: argparse.Namespace) -> dict:
 def train(args: argparse.Namespace) -> dict:
     start = time.time()
     torch.manual_seed(args.seed)
-    out = claim(args.out, args.task, args.method, args.overwrite)
+    if args.device.startswith("cuda") and torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats(args.device)
+    check_folder(args.out, args.overwrite)
 
     # model: the frozen backbone and what is trained
     model, tokenizer = build(args), load_tokenizer(args.model)
     backbone = model.backbone if args.method == "lst" else model
-    if tokenizer.vocab_size > backbone.config.vocab_size:
-        raise ValueError(f"{args.model}: spiece.model has {tokenizer.vocab_size} ids, config.json's vocab_size is {backbone.config.vocab_size}")
+    if not 0 <= backbone.config.vocab_size - tokenizer.vocab_size < 128:  # T5's head has 28 spare rows
+        raise ValueError(f"{args.model}: spiece.model has {tokenizer.vocab_size} ids, config.json's vocab_size is {backbone.config.vocab_size}: they do not belong together")
 
     # data: rows of a file -> text pairs -> token ids
     dataset = data.load(args.task, args.data, args.prompts)
@@ -222,9 +224,11 @@ def train(args: argparse.Namespace) -> dict:
         initialize(model, args, rows)
 
     config = {name: value for name, value in vars(args).items() if name not in ("out", "overwrite", "predict")}
-    config["model"] = args.model if args.model in (*PUBLIC, "nano") else str(Path(args.model).resolve())
+    if args.model != "nano" and Path(args.model).is_dir():
+        config["model"] = str(Path(args.model).resolve())
     config |= {"backbone_sha256": sha256_of_backbone(args.model), "data_sha256": dataset.sha256}
-    prepare(out, config)
+    out = make_folder(args.out, args.task, args.method)
+    write_json(out / "config.json", config)
 
     # optimizer
     parameters = list(trainable(model).values())
@@ -242,10 +246,10 @@ def train(args: argparse.Namespace) -> dict:
                 for group in optimizer.param_groups:
                     group["lr"] = lr
                 loss = loss_of(model, batch)
-                if not math.isfinite(loss.item()):
-                    raise FloatingPointError(f"the loss is {loss.item()} in step {step + 1} at learning rate {lr:.2e}; try a lower --lr")
                 loss.backward()
-                nn.utils.clip_grad_norm_(parameters, 1.0)
+                norm = nn.utils.clip_grad_norm_(parameters, 1.0)
+                if not (loss.isfinite() and norm.isfinite()):
+                    raise FloatingPointError(f"step {step + 1} at learning rate {lr:.2e} has loss {loss.item()} and gradient norm {norm.item()}; try a lower --lr")
                 optimizer.step()
                 optimizer.zero_grad()
                 step += 1
@@ -261,6 +265,8 @@ def train(args: argparse.Namespace) -> dict:
                 save_trained(out, model, config)
             if step == args.steps:
                 break
+        load_trained(out, model)  # the best epoch
+        test = evaluate(model, tokenizer, args, dataset.test)
     except (KeyboardInterrupt, FloatingPointError):
         say(f"\nstopped after {step} of {args.steps} steps; " + (
             f"epoch {best['epoch']} (validation {best['val']['score']:.2f}) is kept in {out}" if best else "no epoch had ended, no weights were kept"))
@@ -268,9 +274,6 @@ def train(args: argparse.Namespace) -> dict:
     finally:
         log.close()
 
-    # the best epoch's test score
-    load_trained(out, model)
-    test = evaluate(model, tokenizer, args, dataset.test)
     peak, kind = report.peak_memory(args.device)
     results = {
         "task": args.task, "model": config["model"], "method": args.method, "data": dataset.name, "seed": args.seed,
@@ -281,8 +284,9 @@ def train(args: argparse.Namespace) -> dict:
     }
     if args.method == "lst":
         results["gates"] = {name: [rung.mu.item() for rung in getattr(model, name).ladders] for name in ("encoder", "decoder")}
-        say(report.gates(model))
     write_json(out / "results.json", results)
+    if args.method == "lst":
+        say(report.gates(model))
     say(f"test {report.scores(test)}  (epoch {best['epoch']}, the best on validation)")
     say(f"{results['seconds'] / 60:.1f} minutes, {kind} memory {peak / 2**20:.0f} MiB, saved in {out}")
     return results
@@ -294,6 +298,8 @@ def main(argv: Sequence[str] | None = None) -> dict:
     What the user can mend ends with one line and exit code 2, a loss that is not finite with 1, Ctrl-C with 130.
     """
     args = parse(argv)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a bar should not cost the results
     try:
         return predict(args) if args.predict is not None else train(args)
     except (ValueError, OSError) as error:
