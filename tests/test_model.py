@@ -3,8 +3,11 @@
 import io
 import itertools
 import json
+import math
 import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +19,7 @@ import model
 from make_fixtures import BUCKETS, CONFIGS, FIXTURES, MAX_NEW_TOKENS, expected, random_inputs, random_reference, until_end
 from model import PUBLIC, T5, NotThere, T5Config, Tokenizer, generate, load_t5, load_tokenizer, public_name, save_t5
 
+ROOT = Path(model.__file__).parent
 STRAY = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
 each_fixture = pytest.mark.parametrize("name", CONFIGS)
 each_attention = pytest.mark.parametrize("attention", ["eager", "fused"])
@@ -646,3 +650,27 @@ def test_tokens_equal_transformers_live(tokenizer, tokenizer_file):
         assert ids == theirs(text, add_special_tokens=False).input_ids, repr(text)
         # SentencePiece writes an unknown piece as a double question mark, transformers as <unk>.
         assert tokenizer.decode(ids).replace(" \u2047 ", "<unk>").split() == theirs.decode(ids).split() or 2 in ids, repr(text)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak size from /proc")
+def test_t5_3b_loads_without_a_second_copy(tmp_path):
+    """A file of T5-3B's 11.4 GB, all zeros and sparse on disk: loading maps it and copies nothing."""
+    sizes = dict(vocab_size=32128, d_model=1024, d_kv=128, d_ff=16384, num_layers=24, num_heads=32)
+    with torch.device("meta"):
+        shapes = {public_name(name): list(p.shape) for name, p in T5(T5Config(**sizes)).named_parameters()}
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        start, end = end, end + 4 * math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(tmp_path / "model.safetensors", "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    (tmp_path / "config.json").write_text(json.dumps(sizes))
+    script = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); from model import load_t5; t5 = load_t5({str(tmp_path)!r});"
+              "print(sum(p.numel() for p in t5.parameters()), [line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')][0])")
+    parameters, peak_kib = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
+    assert int(parameters) == 2_851_598_336
+    assert int(peak_kib) * 1024 < 0.1 * end  # Python and torch themselves are most of it
