@@ -4,7 +4,7 @@
     python bench_memory.py --time         # seconds of a step at T5-base's sizes, random weights, all three in one run
 
 Saved activations are what autograd keeps between forward and backward: every tensor that it saves is seen by a hook, and each
-storage is counted once; parameters are left out.  On torch's meta device tensors have shapes and no content, so a T5-3B takes no memory.
+storage is counted once; parameters are left out, and dropout keeps one byte for an element, as it does on a GPU.  On torch's meta device tensors have shapes and no content, so a T5-3B takes no memory.
 """
 import argparse
 import json
@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +44,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=positive, default=5, help="timed rounds after one that is not counted (default 5)")
     parser.add_argument("--json", help="also write the result to this file")
     args = parser.parse_args(argv)
+    if args.attention == "fused" and not args.time:
+        parser.error("--attention fused goes with --time: without a GPU there is no fused kernel whose bytes could be counted")
     args.batch_size = args.batch_size or (8 if args.time else 100)
     try:
         side_config(T5Config(**SIZES[args.model]), args.r)
@@ -66,6 +69,10 @@ def loss_of(model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
 
 # ----------------------------------------------------------------------------------------------------------------- bytes
 
+def dropout_of_a_gpu(self: nn.Dropout, x: Tensor) -> Tensor:
+    return torch.native_dropout(x, self.p, True)[0] if self.training and self.p else x
+
+
 def saved_bytes(model: nn.Module, batch: tuple[Tensor, ...]) -> int:
     """Bytes that autograd holds at the end of a training step's forward pass, parameters and the batch left out."""
     left_out = {tensor.untyped_storage()._cdata for tensor in [*model.parameters(), *batch]}
@@ -78,8 +85,9 @@ def saved_bytes(model: nn.Module, batch: tuple[Tensor, ...]) -> int:
         return tensor
 
     model.train()
-    with torch.autograd.graph.saved_tensors_hooks(see, lambda tensor: tensor):
-        loss_of(model, batch)  # the loss keeps the graph, so no storage is freed and counted twice
+    with torch.autograd.graph.saved_tensors_hooks(see, lambda tensor: tensor), patch.object(nn.Dropout, "forward", dropout_of_a_gpu):
+        loss = loss_of(model, batch)  # holds the graph, so that no storage is freed and its place counted twice
+    del loss
     return sum(saved.values())
 
 
@@ -95,7 +103,8 @@ def count(args: argparse.Namespace) -> list[dict]:
             model, batch = build(), make_batch(args, config.vocab_size)
             weights = sum(p.numel() * p.element_size() for p in model.parameters())
             trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-            rows.append({"method": method, "model": args.model, "trainable_params": trained, "weights": weights, "gradients": 4 * trained,
+            rows.append({"method": method, "model": args.model, "trainable_params": trained,
+                         "trainable_percent": 100 * trained / sum(p.numel() for p in model.parameters() if method == "full fine-tuning" or not p.requires_grad), "weights": weights, "gradients": 4 * trained,
                          "optimizer": 8 * trained, "saved_activations": saved_bytes(model, batch)})
     for row in rows:
         row["total"] = row["weights"] + row["gradients"] + row["optimizer"] + row["saved_activations"]

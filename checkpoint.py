@@ -1,4 +1,4 @@
-"""A run's folder: config.json, metrics.jsonl, results.json and trained.safetensors, each written whole or not at all.
+"""A run's folder: config.json, results.json and trained.safetensors, each written whole or not at all, and the log metrics.jsonl.
 
 trained.safetensors holds what was trained and nothing else; its metadata repeats the run's config with the backbone's sha256,
 so the file alone says what it belongs to.
@@ -22,16 +22,16 @@ NEEDED = {"task": str, "model": str, "method": str, "prompts": str, "dtype": str
 
 def check_folder(out: str | None, overwrite: bool) -> None:
     """ValueError if a run could not go into this folder; nothing is made yet."""
-    if out is None:
-        return
-    path = Path(out)
+    path = Path(out or "runs")
     if path.exists() and not path.is_dir():
-        raise ValueError(f"{out} is a file; --out names a folder")
-    if not overwrite and path.exists() and any(path.iterdir()):
+        raise ValueError(f"{path} is a file; a run needs a folder")
+    if any((path / name).exists() for name in ("model.safetensors", "model.safetensors.index.json", "spiece.model")):
+        raise ValueError(f"{out} holds a backbone, which a run would overwrite: choose another --out")
+    if out and not overwrite and path.exists() and any(path.iterdir()):
         raise ValueError(f"{out} is not empty: choose another --out, or give --overwrite")
     there = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
-        raise ValueError(f"{out} cannot be made: {there} is no folder that can be written to")
+        raise ValueError(f"{path} cannot be made: {there} is no folder that can be written to")
 
 
 def make_folder(out: str | None, task: str, method: str) -> Path:

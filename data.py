@@ -115,8 +115,8 @@ def load(task_name: str, data: str | None = None, prompts: str = "paper") -> Dat
             raise ValueError(f"the bundled sample has sst2 only, not {task_name}; give a folder with {_wanted(task)}, or no --data")
         return _read(task, SAMPLE, prompts, "bundled-sample")
     if data is not None:
-        return _read(task, Path(data).expanduser(), prompts, "glue")
-    cache = Path(CACHE).expanduser()
+        return _read(task, Path(os.path.expanduser(data)), prompts, "glue")
+    cache = Path(os.path.expanduser(CACHE))
     try:
         fetch(task, cache)
         return _read(task, cache, prompts, "glue")

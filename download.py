@@ -61,7 +61,7 @@ def hub_file(repo: str, filename: str, revision: str = "main", sha256: str | Non
     HF_ENDPOINT, HF_HOME, HF_HUB_CACHE, HF_HUB_OFFLINE and HF_TOKEN mean what they mean there. `sha256` is for downloads only.
     """
     home = os.environ.get("HF_HOME") or "~/.cache/huggingface"
-    cache = Path(os.environ.get("HF_HUB_CACHE") or f"{home}/hub").expanduser() / f"models--{repo.replace('/', '--')}"
+    cache = Path(os.path.expanduser(os.environ.get("HF_HUB_CACHE") or f"{home}/hub")) / f"models--{repo.replace('/', '--')}"
     ref = cache / "refs" / revision
     commit = ref.read_text().strip() if ref.is_file() else revision
     path = cache / "snapshots" / commit / filename

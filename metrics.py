@@ -1,6 +1,6 @@
 """The scores of the paper, in numpy. Each metric is f(predictions, labels) -> float, not times 100.
 
-A prediction of None is an invalid generation, text that is no answer of the task: it counts as wrong.
+A prediction of None is an invalid generation, text that is no answer of the task: it counts as wrong (correlations take numbers only).
 A correlation that is not defined, because one side is constant or not finite, is 0. `glue_score` reports how often each happened.
 """
 

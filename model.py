@@ -255,6 +255,7 @@ class Stack(nn.Module):
         if self.is_decoder:
             allowed = allowed.tril(S - T)  # a position sees itself and the past
         if mask is not None:
+            assert mask.dtype == torch.bool and mask.shape == (len(h), S), f"the mask must be bool {[len(h), S]}, is {mask.dtype} {list(mask.shape)}"
             allowed = allowed & mask[:, None, None, :]  # (B, 1, T, S)
         lowest = torch.finfo(h.dtype).min  # not -inf: a row without any True would give NaN
         self_bias = torch.where(allowed, self.pos_bias(T, S), lowest).to(h.dtype)  # (B or 1, H, T, S)
@@ -354,6 +355,7 @@ class Decoding:
 
 
 def new_cache(num_layers: int) -> list[dict]:
+    # Paper: the authors' code also fills such a cache while it trains, which costs memory and serves nobody; here only generation does.
     return [{"self": {}, "cross": {}} for _ in range(num_layers)]
 
 

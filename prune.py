@@ -5,7 +5,7 @@ pruned ones go from the next matrix -> what is left, 1/r as wide, starts the sid
 
     importance = fisher(t5, batches)            sum over samples of (d loss / d W)^2, the shape of W     (arXiv:2111.09839)
     importance = magnitude(t5)                  |W|                                                      (arXiv:1608.08710)
-    init_side(ladder, importance)               mode "published": the authors' chain; mode "aligned": the paper's text
+    init_side(ladder, importance)               mode "published": the authors' chain; mode "aligned": the paper's text, as we read it
 
 Both modes answer one question for each parameter of the backbone: which rows and which columns stay?
 """
@@ -93,7 +93,7 @@ def published(importance: dict[str, Tensor], t5: T5, r: int) -> Kept:
             kept.update({name: (inner, stream) for name in heads})
             stream = best(joint(importance[f"{prefix}.o.weight"][:, inner]), config.d_model // r)
             kept[f"{prefix}.o.weight"] = (stream, inner)
-        elif prefix.endswith("feed_forward"):
+        elif prefix.endswith("feed_forward"):  # Paper: the authors cannot prune a gated one; its two matrices are scored like q, k and v
             wi = [f"{prefix}.{name}.weight" for name in (("wi_0", "wi_1") if module.gated else ("wi",))]
             inner = best(joint(*(importance[name][:, stream] for name in wi)), config.d_ff // r)
             kept.update({name: (inner, stream) for name in wi})
@@ -103,7 +103,7 @@ def published(importance: dict[str, Tensor], t5: T5, r: int) -> Kept:
 
 
 def aligned(importance: dict[str, Tensor], t5: T5, r: int) -> Kept:
-    """The paper's text: what is pruned stays pruned.  One choice of residual dimensions for the whole stream, and in each head its
+    """Our reading of the paper's text: what is pruned stays pruned.  One choice of residual dimensions for the whole stream, and in each head its
     own best rows (the same for q and k, the same for v and o), so side head h descends from backbone head h with its position bias.
 
     Importance of a row or dimension: the sum over all weights that would go with it.

@@ -4,7 +4,7 @@
                    | down     | down       | down                | down          rungs: N + 1 in each stack
                   side -----> gate ------> gate ------> ... ---> gate            a block of width d after each gate
                                + block 0    + block 1             + block N-1
-                                                                    | norm, up   (decoder only)
+                                                                    | norm; in the decoder then up
                                                                     v
                                                               frozen LM head --> logits
 
@@ -35,7 +35,9 @@ def side_config(config: T5Config, r: int) -> T5Config:
 
 
 def without_grad(climb: Iterator[Tensor]) -> Iterator[Tensor]:
-    """Take each step of the backbone under no_grad, so that autograd keeps nothing of it (Sec. 3.1).
+    """Take each step of the backbone under no_grad, so that autograd keeps nothing of its inside (Sec. 3.1).
+
+    What it hands out is kept where a rung needs it: `down` keeps its input for the gradient of its own weight.
 
     The `with` stands around one step: around the whole generator it would leak to whoever consumes it.
     """
@@ -80,7 +82,7 @@ class SideStack(Stack):
 
     def climb(self, backbone: Iterator[Tensor], mask: Tensor | None, memory: Tensor | None = None, memory_mask: Tensor | None = None,
               cache: list[dict] | None = None) -> tuple[Tensor, Tensor]:
-        """Climb beside the backbone: take its embeddings, then one layer's output at a time; each dies when its rung has read it.
+        """Climb beside the backbone: take its embeddings, then one layer's output at a time.
 
         backbone yields (B, S, D); mask (B, S); the decoder's memory (B, S, d) and its mask -> h_side (B, S, d), last h_backbone (B, S, D)
         """
@@ -88,7 +90,7 @@ class SideStack(Stack):
         h_side = self.down_emb(self.dropout(h_backbone.to(self.down_emb.weight.dtype)))  # (B, S, d)
         self_bias, cross_bias = self.biases(h_side, mask, memory_mask, cache)
         for i, h_backbone in enumerate(backbone):
-            if i in self.keep:  # Sec. 3.4: a dropped layer has neither rung nor block
+            if i in self.keep:  # Sec. 3.4.  Paper: the authors keep the gates of dropped layers as parameters that nothing reads; we have none.
                 j = self.keep.index(i)
                 h_side = self.ladders[j](h_side, h_backbone)
                 h_side = self.blocks[j](h_side, self_bias, memory, cross_bias, cache[j] if cache else None)
@@ -100,7 +102,7 @@ def check_keep(keep: Sequence[int] | None, config: T5Config) -> tuple[Sequence[i
     if keep is None:
         return range(config.num_layers), range(config.num_decoder_layers)
     common = min(config.num_layers, config.num_decoder_layers)
-    if not keep or len(set(keep)) < len(keep) or not set(keep) <= set(range(common)):
+    if not keep or len(set(keep)) < len(keep) or not set(keep) <= set(range(common)) or any(type(i) is not int for i in keep):
         raise ValueError(f"keep is {list(keep)}, but it must name at least one of the backbone's layers 0 to {common - 1}, each once")
     return sorted(keep), sorted(keep)
 

@@ -1,6 +1,6 @@
 """Pre-trains the bundled backbone `assets/nano`: a small T5, from nothing, on movie reviews.
 
-    torchrun --nproc-per-node 2 assets/make_nano.py --text train.jsonl.xz unsup.txt.xz --minutes 54
+    torchrun --nproc-per-node 2 assets/make_nano.py --text train.jsonl.xz unsup.txt.xz --minutes 30
 
 A text file is .txt (a review on each line) or .jsonl ({"text": ..., "label": 0 or 1} on each line), as it is or with .xz behind it.
 Five jobs, one after the other; each leaves its result in --work and is not done twice:
@@ -13,7 +13,7 @@ Five jobs, one after the other; each leaves its result in --work and is not done
                       "imdb sentence: a few words or sentences of a review" -> "positive" or "negative"
 
 Ctrl-C stops between two steps, --resume goes on.  Processes with one thread each beat one process with threads.  Where fresh memory
-is slow (many virtual machines), MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 in the environment makes a step ten times faster.
+is slow (many virtual machines), MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 in the environment makes a step faster.
 """
 import argparse
 import json
@@ -289,7 +289,7 @@ def report(log_file: Path, left: float, row: dict) -> None:
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path, nargs="+", required=True, metavar="FILE", help="reviews, see above")
-    parser.add_argument("--minutes", type=float, default=54, help="of pre-training in all; the step size falls to zero over them")
+    parser.add_argument("--minutes", type=float, default=30, help="of pre-training in all; the step size falls to zero over them")
     parser.add_argument("--work", type=Path, default=Path("nano-work"), help="what is kept between runs")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "nano")
     parser.add_argument("--resume", action="store_true", help="go on from the state in --work")

@@ -38,7 +38,7 @@ def run(name: str, seed: int, data: str, threads: int) -> None:
 
 
 def table() -> str:
-    lines = ["| | trained parameters | accuracy, mean of 3 seeds | spread | minutes | peak memory |", "|---|---:|---:|---:|---:|---:|"]
+    lines = ["| | trained parameters | accuracy, mean ± deviation | each seed | minutes | peak memory |", "|---|---:|---:|---:|---:|---:|"]
     for name, (title, flags) in VARIANTS.items():
         runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob(f"{name}-[0-9]*.json"))]
         if not runs:
