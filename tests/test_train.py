@@ -89,7 +89,7 @@ def without(option, argv):
     return [part for before, part in zip([None, *argv], argv) if option not in (before, part)]
 
 
-LEARN = ("--epochs", 8, "--max-train-rows", 96, "--lr", "1e-2", "--warmup-steps", 10, "--batch-size", 8, "--init", "fisher", "--fisher-samples", 8)
+LEARN = ("--epochs", 16, "--max-train-rows", 96, "--lr", "1e-2", "--warmup-steps", 10, "--batch-size", 8, "--init", "fisher", "--fisher-samples", 8)
 
 
 @pytest.fixture(scope="session")
