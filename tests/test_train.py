@@ -158,7 +158,7 @@ def test_main_returns_what_results_json_holds(learned):
     keys = "task model method data seed trainable_params total_params trainable_percent steps seconds peak_memory_bytes val test"
     assert not set(keys.split()) - results.keys()
     assert results == json.loads((out / "results.json").read_text())
-    assert (results["task"], results["method"], results["data"], results["seed"], results["steps"]) == ("sst2", "lst", "glue", 0, 8 * 11)
+    assert (results["task"], results["method"], results["data"], results["seed"], results["steps"]) == ("sst2", "lst", "glue", 0, 16 * 11)
     assert results["peak_memory_bytes"] > 10**7 and results["seconds"] > 0
 
 
