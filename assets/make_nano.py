@@ -226,7 +226,7 @@ class Optimizer:
     def __init__(self, t5: T5, muon_lr: float, adam_lr: float):
         self.weights = {name: p.detach().clone().requires_grad_() for name, p in t5.named_parameters()}
         self.t5 = t5.to(torch.bfloat16)
-        match, hidden, rest = [], [], []  # T5 has no 1 / sqrt(K): q and k need small steps, or attention is one-hot after 200 steps
+        match, hidden, rest = [], [], []  # T5 has no 1 / sqrt(K): with the others' steps q and k soon make attention one-hot
         for name, p in self.weights.items():
             (rest if p.ndim != 2 or "embed" in name or "pos_bias" in name else match if ".q." in name or ".k." in name else hidden).append(p)
         self.optimizers = {
