@@ -8,6 +8,7 @@ storage is counted once; parameters are left out, and dropout keeps one byte for
 """
 import argparse
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -177,6 +178,7 @@ def show_seconds(rows: list[dict], args: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> dict:
     """Count or measure as the command line says; returns {"rows": [...]}, one dict for each line of the table."""
     args = parse(argv)
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as in train.py
     rows = measure(args) if args.time else count(args)
     (show_seconds if args.time else show_bytes)(rows, args)
     result = {"rows": rows, "arguments": vars(args), "torch": torch.__version__, "hardware": hardware("cpu")}

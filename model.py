@@ -112,6 +112,21 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.epsilon)
 
 
+class Dropout(nn.Dropout):
+    """Zero each element with probability p, scale the others by 1 / (1 - p).
+
+    On a CPU nn.Dropout spends its time on random numbers; here 64 random bits decide about four elements, p in steps of 2^-16.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.p == 0:
+            return x
+        if x.device.type != "cpu":
+            return torch.native_dropout(x, self.p, True)[0]
+        bits = torch.empty(x.numel() // 4 + 1, dtype=torch.int64).random_(-2**63, None).view(torch.int16)[: x.numel()].view(x.shape)
+        return x * bits.float().ge_(self.p * 2**16 - 2**15).mul_(1 / (1 - self.p)).to(x.dtype)
+
+
 class RelativePositionBias(nn.Module):
     """One learned number per head and bucket of distance, shared by all layers of a stack (arXiv:1910.10683, Sec. 2.1).
 
@@ -154,7 +169,7 @@ class Attention(nn.Module):
     def __init__(self, config: T5Config):
         super().__init__()
         D, inner = config.d_model, config.num_heads * config.d_kv  # inner differs from D in T5-3B and v1.1-small
-        self.num_heads, self.fused, self.dropout = config.num_heads, config.attention == "fused", nn.Dropout(config.dropout_rate)
+        self.num_heads, self.fused, self.dropout = config.num_heads, config.attention == "fused", Dropout(config.dropout_rate)
         self.q = nn.Linear(D, inner, bias=False)
         self.k = nn.Linear(D, inner, bias=False)
         self.v = nn.Linear(D, inner, bias=False)
@@ -178,11 +193,13 @@ class Attention(nn.Module):
                 k, v = torch.cat([cache["k"], k], dim=2), torch.cat([cache["v"], v], dim=2)
         if cache is not None:
             cache.update(k=k, v=v)
-        if self.fused:
-            p = self.dropout.p if self.training else 0.0
+        p = self.dropout.p if self.training else 0.0
+        if self.fused and (p == 0 or q.device.type != "cpu"):  # there is no fused kernel with dropout for a CPU
             h = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=p, scale=1.0)
         else:
-            weights = torch.softmax((q @ k.mT + bias).float(), dim=-1).type_as(v)  # (B, H, T, S)
+            scores = q @ k.mT  # (B, H, T, S)
+            scores += bias  # in place: no second map
+            weights = torch.softmax(scores.float(), dim=-1).type_as(v)
             h = self.dropout(weights) @ v
         return self.o(h.transpose(1, 2).flatten(2))  # (B, T, D)
 
@@ -193,7 +210,7 @@ class FeedForward(nn.Module):
     def __init__(self, config: T5Config):
         super().__init__()
         D, d_ff = config.d_model, config.d_ff
-        self.gated, self.dropout = config.feed_forward_proj == "gated-gelu", nn.Dropout(config.dropout_rate)
+        self.gated, self.dropout = config.feed_forward_proj == "gated-gelu", Dropout(config.dropout_rate)
         if self.gated:
             self.wi_0 = nn.Linear(D, d_ff, bias=False)
             self.wi_1 = nn.Linear(D, d_ff, bias=False)
@@ -206,10 +223,10 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.gated:
-            h = F.gelu(self.wi_0(x), approximate="tanh") * self.wi_1(x)
+            h = self.dropout(F.gelu(self.wi_0(x), approximate="tanh") * self.wi_1(x))
         else:
-            h = F.relu(self.wi(x))
-        return self.wo(self.dropout(h))
+            h = F.relu(self.dropout(self.wi(x)), inplace=True)  # the same as dropout after relu, and backward needs one tensor less
+        return self.wo(h)
 
 
 class Block(nn.Module):
@@ -224,7 +241,7 @@ class Block(nn.Module):
             self.cross_attention = Attention(config)
         self.feed_forward_norm = RMSNorm(config.d_model, config.layer_norm_epsilon)
         self.feed_forward = FeedForward(config)
-        self.dropout = nn.Dropout(config.dropout_rate)
+        self.dropout = Dropout(config.dropout_rate)
 
     def forward(self, h: Tensor, self_bias: Tensor, memory: Tensor | None = None, cross_bias: Tensor | None = None,
                 cache: dict | None = None) -> Tensor:
@@ -245,7 +262,7 @@ class Stack(nn.Module):
         self.blocks = nn.ModuleList(Block(config, is_decoder) for _ in range(num_layers))
         self.pos_bias = RelativePositionBias(config, bidirectional=not is_decoder)
         self.final_norm = RMSNorm(config.d_model, config.layer_norm_epsilon)
-        self.dropout = nn.Dropout(config.dropout_rate)
+        self.dropout = Dropout(config.dropout_rate)
 
     def biases(self, h: Tensor, mask: Tensor | None, memory_mask: Tensor | None, cache: list[dict] | None) -> tuple[Tensor, Tensor | None]:
         """What all blocks add to their scores: self-attention's bias (B or 1, H, T, S), cross-attention's (B, 1, T, S) or None."""
