@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from sentencepiece import SentencePieceProcessor
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from download import NotThere, hub_file
 
@@ -45,6 +46,9 @@ NANO = Path(__file__).parent / "assets" / "nano"  # the backbone that comes with
 
 # ---------------------------------------------------------------------------------------------------------------- config
 
+RUN_TIME = ("attention", "checkpoint")  # fields that say how to compute; config.json does not hold them
+
+
 @dataclass(frozen=True)
 class T5Config:
     """T5's sizes under their public names; the defaults are t5-small's.  Wrong values are a ValueError."""
@@ -63,6 +67,7 @@ class T5Config:
     feed_forward_proj: str = "relu"  # v1.0: "relu"; v1.1 and Flan: "gated-gelu"
     tie_word_embeddings: bool = True  # v1.0: the head is the embedding; v1.1 and Flan: its own matrix
     attention: str = "fused"  # "eager": the textbook lines; "fused": torch's scaled_dot_product_attention
+    checkpoint: bool = False  # True: backward computes each block again instead of keeping what is inside it
 
     def __post_init__(self):
         if self.num_decoder_layers is None:
@@ -79,7 +84,8 @@ class T5Config:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
                 raise ValueError(f"T5 config: {name} is {value!r}, it must be a number from {low} to {high}")
-        for name, allowed in (("feed_forward_proj", ("relu", "gated-gelu")), ("tie_word_embeddings", (True, False)), ("attention", ("eager", "fused"))):
+        for name, allowed in (("feed_forward_proj", ("relu", "gated-gelu")), ("tie_word_embeddings", (True, False)), ("attention", ("eager", "fused")),
+                              ("checkpoint", (True, False))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"T5 config: {name} is {getattr(self, name)!r}, choose from {allowed}")
 
@@ -95,7 +101,7 @@ class T5Config:
         missing = [name for name in ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads") if name not in raw]
         if missing:
             raise ValueError(f"{path} lacks {missing[:3]}: not a T5 config.json")
-        return cls(**{field.name: raw[field.name] for field in fields(cls) if field.name in raw and field.name != "attention"})
+        return cls(**{field.name: raw[field.name] for field in fields(cls) if field.name in raw and field.name not in RUN_TIME})
 
 
 # ---------------------------------------------------------------------------------------------------------------- layers
@@ -258,7 +264,7 @@ class Stack(nn.Module):
     def __init__(self, config: T5Config, is_decoder: bool):
         super().__init__()
         num_layers = config.num_decoder_layers if is_decoder else config.num_layers
-        self.is_decoder = is_decoder
+        self.is_decoder, self.checkpoint = is_decoder, config.checkpoint
         self.blocks = nn.ModuleList(Block(config, is_decoder) for _ in range(num_layers))
         self.pos_bias = RelativePositionBias(config, bidirectional=not is_decoder)
         self.final_norm = RMSNorm(config.d_model, config.layer_norm_epsilon)
@@ -288,8 +294,14 @@ class Stack(nn.Module):
         yield h
         self_bias, cross_bias = self.biases(h, mask, memory_mask, cache)
         for i, block in enumerate(self.blocks):
-            h = block(h, self_bias, memory, cross_bias, cache[i] if cache else None)
+            h = self.run(block, h, self_bias, memory, cross_bias, cache[i] if cache else None)
             yield h
+
+    def run(self, block, *inputs) -> Tensor:
+        """Call a block; with config.checkpoint autograd keeps its inputs and nothing of its inside (arXiv:1604.06174)."""
+        if self.checkpoint and torch.is_grad_enabled():
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
 
     def finish(self, h: Tensor) -> Tensor:
         return self.dropout(self.final_norm(h))
@@ -532,7 +544,8 @@ class Checkpoint:
         return self.files[key].get_tensor(key)
 
 
-def load_t5(model: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, attention: str = "fused") -> T5:
+def load_t5(model: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, attention: str = "fused",
+            checkpoint: bool = False) -> T5:
     """A T5 with the weights of a folder or of a public name, strictly loaded, in eval mode.
 
     Parameters are built on the meta device and take the mapped tensors of the file, so nothing is held twice.
@@ -543,28 +556,28 @@ def load_t5(model: str | Path, device: str | torch.device = "cpu", dtype: torch.
     path = locate(model, "config.json")
     if not path.is_file():
         raise ValueError(f"{path} is not there; a backbone's folder holds config.json, model.safetensors and spiece.model")
-    config = replace(T5Config.from_json(path), attention=attention)
-    checkpoint = Checkpoint(model)
+    config = replace(T5Config.from_json(path), attention=attention, checkpoint=checkpoint)
+    weights = Checkpoint(model)
     with torch.device("meta"):
         t5 = T5(config)
     own = {public_name(name): (name, list(parameter.shape)) for name, parameter in t5.named_parameters()}
-    found = checkpoint.files.keys() - STRAY
+    found = weights.files.keys() - STRAY
     copies = [key for key in ALIASES if key not in own and key in found]
     if "shared.weight" not in found and copies:  # an alias may be the only copy of the embedding
         own[copies[0]] = own.pop("shared.weight")
         copies.remove(copies[0])
     missing, unexpected = own.keys() - found, found - own.keys() - set(copies)
-    misshapen = [f"{key} {checkpoint.shape(key)} not {shape}" for key, (_, shape) in own.items() if key in found and checkpoint.shape(key) != shape]
+    misshapen = [f"{key} {weights.shape(key)} not {shape}" for key, (_, shape) in own.items() if key in found and weights.shape(key) != shape]
     if missing or unexpected or misshapen:
         raise ValueError(f"checkpoint of {model} does not fit its config.json: missing {sorted(missing)[:3]}, "
                          f"unexpected {sorted(unexpected)[:3]}, misshapen {sorted(misshapen)[:3]}")
     embedding = next(key for key, (name, _) in own.items() if name == "embed.weight")
     for copy in copies:
-        if checkpoint.shape(copy) != checkpoint.shape(embedding) or not torch.equal(checkpoint.tensor(copy), checkpoint.tensor(embedding)):
+        if weights.shape(copy) != weights.shape(embedding) or not torch.equal(weights.tensor(copy), weights.tensor(embedding)):
             raise ValueError(f"checkpoint of {model} does not fit its config.json: {copy} differs from {embedding}, but the config ties them")
     state = {}
     for key, (name, _) in own.items():
-        tensor = checkpoint.tensor(key)
+        tensor = weights.tensor(key)
         if not tensor.is_floating_point():
             raise ValueError(f"checkpoint of {model}: {key} holds {tensor.dtype}; only floating-point weights can be used")
         state[name] = tensor.to(device=device, dtype=dtype)
@@ -578,7 +591,7 @@ def save_t5(t5: T5, folder: str | Path, dtype: torch.dtype = torch.float32) -> N
     folder.mkdir(parents=True, exist_ok=True)
     save_file({public_name(name): p.detach().to("cpu", dtype).contiguous() for name, p in t5.named_parameters()},
               folder / "model.safetensors", metadata={"format": "pt"})
-    config = {name: value for name, value in asdict(t5.config).items() if name != "attention"}
+    config = {name: value for name, value in asdict(t5.config).items() if name not in RUN_TIME}
     config = {"architectures": ["T5ForConditionalGeneration"], "model_type": "t5", **config,
               "pad_token_id": PAD, "eos_token_id": EOS, "decoder_start_token_id": PAD}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

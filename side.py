@@ -92,9 +92,11 @@ class SideStack(Stack):
         for i, h_backbone in enumerate(backbone):
             if i in self.keep:  # Sec. 3.4.  Paper: the authors keep the gates of dropped layers as parameters that nothing reads; we have none.
                 j = self.keep.index(i)
-                h_side = self.ladders[j](h_side, h_backbone)
-                h_side = self.blocks[j](h_side, self_bias, memory, cross_bias, cache[j] if cache else None)
+                h_side = self.run(self.rung, j, h_side, h_backbone, self_bias, memory, cross_bias, cache[j] if cache else None)
         return self.finish(h_side), h_backbone
+
+    def rung(self, j: int, h_side: Tensor, h_backbone: Tensor, *rest) -> Tensor:
+        return self.blocks[j](self.ladders[j](h_side, h_backbone), *rest)
 
 
 def check_keep(keep: Sequence[int] | None, config: T5Config) -> tuple[Sequence[int], Sequence[int]]:
