@@ -17,7 +17,9 @@ from download import sha256_of
 from model import locate, weight_files
 
 # what `train.load` takes from a run's config
-NEEDED = {"task": str, "model": str, "method": str, "prompts": str, "dtype": str, "gates": str, "backbone_sha256": str, "r": int, "keep": (list, type(None))}
+NEEDED = {"task": str, "model": str, "method": str, "prompts": str, "dtype": str, "gates": str, "backbone_sha256": str, "r": int, "keep": (list, type(None)),
+          "as_authors": bool, "freeze": int, "checkpoint": bool}
+LATER = {"as_authors": False, "freeze": 0, "checkpoint": False}  # what a run of the first version, which did not have them, stands for
 
 
 def check_folder(out: str | None, overwrite: bool) -> None:
@@ -78,7 +80,7 @@ def read_config(out: str | Path) -> dict:
         raise ValueError(f"{path} is not there: {out} is not the folder of a run that kept its weights")
     try:
         with safe_open(path, framework="pt") as file:
-            config = json.loads((file.metadata() or {})["config"])
+            config = LATER | json.loads((file.metadata() or {})["config"])
         fits = all(isinstance(config[name], kind) for name, kind in NEEDED.items()) and all(type(i) is int for i in config["keep"] or [])
     except (SafetensorError, KeyError, ValueError, TypeError, RecursionError):
         fits = False

@@ -1,7 +1,8 @@
-"""Train a ladder side network (or the whole T5) on a GLUE task, then test it (Sec. 4).
+"""Train a ladder side network, or what the paper compares it with, on a GLUE task, then test it (Sec. 4).
 
     python train.py --task sst2                                        # the bundled backbone, minutes on a laptop
     python train.py --task rte --model t5-base --keep 1,2,3,5,6,7,9,10,11    # Table 1's LST row
+    python train.py --task rte --model t5-base --method lora
     python train.py --out runs/sst2-lst-0 --predict "a gripping , beautifully acted film"
 
 A run's folder holds config.json, metrics.jsonl, results.json and trained.safetensors (what was trained, and nothing else).
@@ -19,21 +20,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import baselines
 import data
 import metrics
 import prune
 import report
 from checkpoint import check_folder, load_trained, make_folder, read_config, save_trained, sha256_of_backbone, trainable, write_json
-from model import PUBLIC, Tokenizer, load_t5, load_tokenizer
+from model import PUBLIC, T5, Tokenizer, load_t5, load_tokenizer
 from report import Parser, positive, say
 from side import LadderT5
 
-METHODS = ("lst", "full")
+METHODS = ("lst", *baselines.METHODS)
 PROMPTS = ("paper", "t5")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # load_t5 refuses fp16 and says why
 SETTINGS = {  # Sec. 4 and Table 5; what the command line leaves open, beside the task's epochs (10, or 20 for the small tasks)
     "lst": {"lr": 3e-3, "batch_size": 100, "warmup_steps": 500},
-    "full": {"lr": 3e-4, "batch_size": 100, "warmup_steps": 500},
+    **{method: {"lr": 3e-4, "batch_size": 100, "warmup_steps": 500} for method in ("full", "adapters", "lora", "bitfit")},
+    "prompt": {"lr": 3e-1, "batch_size": 100, "warmup_steps": 500},
 }
 NANO_SETTINGS = {"warmup_steps": 60}  # of 664 steps on SST-2
 MAX_NEW_TOKENS = 20  # of a generated answer
@@ -46,7 +49,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     what = parser.add_argument_group("what to train")
     what.add_argument("--task", choices=data.TASKS, help="the GLUE task")
     what.add_argument("--model", default="nano", help=f"frozen backbone: nano (bundled, the default), {', '.join(PUBLIC)}, or a folder")
-    what.add_argument("--method", default="lst", choices=METHODS, help="lst: the ladder side network (default); full: the whole T5")
+    what.add_argument("--method", default="lst", choices=METHODS, help="lst: the ladder side network (default); the others: baselines.py")
     what.add_argument("--data", help="folder of the official GLUE folders, or `sample` for the bundled sentences; default: download")
     what.add_argument("--prompts", default="paper", choices=PROMPTS, help="the authors' prompts with digits as answers (default), or T5's with words")
     what.add_argument("--max-train-rows", type=positive, help="use only the first so many training rows")
@@ -57,6 +60,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     ladder.add_argument("--prune", default="published", choices=("published", "aligned"), help="how rows are chosen (default published)")
     ladder.add_argument("--fisher-samples", type=positive, default=1024, help="training rows for the Fisher information (default 1024)")
     ladder.add_argument("--gates", default="learned", choices=("learned", "shut"), help="shut: mu = 0, no ladders")
+    baseline = parser.add_argument_group("the other methods (Sec. 4)")
+    baseline.add_argument("--as-authors", action="store_true", help="the authors' reading of lora (biases beside it) and prompt (starts from noise)")
+    baseline.add_argument("--freeze", type=whole, default=0, help="lowest layers left as they are, the encoder's first (default 0)")
     run = parser.add_argument_group("the run (defaults depend on model, method and task; they are printed at the start)")
     run.add_argument("--epochs", type=positive)
     run.add_argument("--max-steps", type=positive, help="stop after so many steps")
@@ -66,6 +72,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     run.add_argument("--seed", type=whole, default=0)
     run.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     run.add_argument("--dtype", default="fp32", help="of the frozen backbone: fp32 (default) or bf16")
+    run.add_argument("--checkpoint", action="store_true", help="less memory, more time: backward computes each layer again")
     files = parser.add_argument_group("files")
     files.add_argument("--out", help="the run's folder (default: a new one, runs/<task>-<method>-<number>)")
     files.add_argument("--overwrite", action="store_true", help="allow --out to name a folder that is not empty")
@@ -75,6 +82,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--predict needs --out, the folder of a run that has ended")
     if args.predict is None and not args.task:
         parser.error(f"--task is missing: choose from {', '.join(data.TASKS)}")
+    shaped = [name for name in ("r", "keep", "init", "prune", "fisher_samples", "gates") if getattr(args, name) != parser.get_default(name)]
+    if args.method != "lst" and shaped:
+        parser.error(f"--{', --'.join(shaped).replace('_', '-')}: the side network's shape, and --method {args.method} has none; leave it out")
+    if args.method == "lst" and args.freeze:
+        parser.error("--freeze is for the other methods: --method lst freezes the whole backbone; use --keep to leave out side layers")
+    if args.as_authors and args.method not in ("lora", "prompt"):
+        parser.error(f"--as-authors has no other reading of --method {args.method}, only of lora and prompt")
     return args
 
 
@@ -117,11 +131,9 @@ def build(args: argparse.Namespace) -> nn.Module:
         raise ValueError("--dtype bf16 is for a frozen backbone; --method full trains it, so use --dtype fp32")
     if args.dtype not in DTYPES:
         raise ValueError(f"dtype is {args.dtype!r}, choose from fp32, bf16")
-    if args.method == "full" and (args.keep or args.gates == "shut"):
-        raise ValueError("--keep and --gates shape the side network, --method full has none: leave them out")
-    t5 = load_t5(args.model, device=args.device, dtype=DTYPES[args.dtype])
-    if args.method == "full":
-        return t5
+    t5 = load_t5(args.model, device=args.device, dtype=DTYPES[args.dtype], checkpoint=args.checkpoint)
+    if args.method != "lst":
+        return baselines.apply(t5, args.method, args.as_authors, args.freeze)
     ladder = LadderT5(t5, r=args.r, keep=args.keep)
     return ladder.shut_gates() if args.gates == "shut" else ladder
 
@@ -218,7 +230,9 @@ def train(args: argparse.Namespace) -> dict:
     rows = data.encode(dataset.train[: args.max_train_rows], tokenizer)
     settle(args, len(rows), sample=dataset.name == "bundled-sample")
 
-    total, count = sum(p.numel() for p in backbone.parameters()), sum(p.numel() for p in trainable(model).values())
+    with torch.device("meta"):
+        total = sum(p.numel() for p in T5(backbone.config).parameters())  # the backbone's own, before a method added to it
+    count = sum(p.numel() for p in trainable(model).values())
     say(f"{args.method} on {args.model}: {count:,} parameters train, {100 * count / total:.3f} % of the backbone's {total:,}")
     say(f"{args.task} ({dataset.name}): {len(rows):,} training, {len(dataset.val):,} validation, {len(dataset.test):,} test rows"
         + (f", {dataset.skipped} skipped" if dataset.skipped else ""))

@@ -15,6 +15,8 @@ import sentencepiece as spm
 import torch
 from safetensors.torch import load_file, save_file
 
+import baselines
+import checkpoint
 import data
 import prune
 import report
@@ -79,7 +81,8 @@ def glue(tmp_path_factory):
 def argv(backbone, glue, tmp_path):
     """argv(*more): a command line of a run of a few steps into tmp_path/run; what `more` repeats, it replaces."""
     def build(*more):
-        return ["--task", "sst2", "--model", str(backbone), "--data", str(glue), "--out", str(tmp_path / "run"), "--r", "4", "--init", "magnitude",
+        ladder = () if set(more) & set(baselines.METHODS) else ("--r", "4", "--init", "magnitude")
+        return ["--task", "sst2", "--model", str(backbone), "--data", str(glue), "--out", str(tmp_path / "run"), *ladder,
                 "--batch-size", "16", "--epochs", "1", "--max-train-rows", "32", "--warmup-steps", "1", "--device", "cpu", *map(str, more)]
     return build
 
@@ -189,6 +192,20 @@ def test_full_fine_tuning_trains_every_parameter(argv, tmp_path, backbone):
     assert not any(torch.equal(after[name], before[name]) for name in before if "pos_bias" not in name)
 
 
+@pytest.mark.parametrize("method", baselines.METHODS[1:])
+def test_a_baseline_saves_what_trains_and_counts_it_against_the_backbone_alone(argv, tmp_path, backbone, method):
+    results, t5 = train.main(argv("--method", method, "--max-steps", 1)), load_t5(backbone)
+    total, added = sum(p.numel() for p in t5.parameters()), checkpoint.trainable(baselines.apply(t5, method))
+    saved = load_file(tmp_path / "run" / "trained.safetensors")
+    assert saved.keys() == added.keys() and results["trainable_params"] == sum(p.numel() for p in added.values())
+    assert results["total_params"] == total and results["trainable_percent"] == pytest.approx(100 * results["trainable_params"] / total)
+
+
+@pytest.mark.parametrize("method, lr", [("lst", 3e-3), ("full", 3e-4), ("adapters", 3e-4), ("lora", 3e-4), ("bitfit", 3e-4), ("prompt", 3e-1)])
+def test_each_method_has_the_learning_rate_of_the_paper(argv, method, lr):
+    assert train.main(argv("--method", method, "--max-steps", 1))["config"]["lr"] == lr
+
+
 @pytest.mark.parametrize("task", data.TASKS)
 @pytest.mark.parametrize("prompts", ["paper", "t5"])
 def test_every_task_trains_and_answers(argv, tmp_path, capsys, task, prompts):
@@ -232,7 +249,10 @@ def test_a_run_loads_back_to_its_score(learned, glue):
     assert train.evaluate(model, tokenizer, argparse.Namespace(**results["config"]), data.load("sst2", str(glue)).test) == results["test"]
 
 
-@pytest.mark.parametrize("more", [("--method", "full"), ("--dtype", "bf16"), ("--gates", "shut"), ("--keep", "1"), ("--prompts", "t5")])
+@pytest.mark.parametrize("more", [*(("--method", method) for method in baselines.METHODS), ("--method", "lora", "--as-authors"),
+                                  ("--method", "prompt", "--as-authors"), ("--method", "full", "--freeze", 3), ("--method", "bitfit", "--freeze", 1),
+                                  ("--method", "adapters", "--dtype", "bf16"), ("--method", "lora", "--checkpoint"), ("--checkpoint",),
+                                  ("--dtype", "bf16"), ("--gates", "shut"), ("--keep", "1"), ("--prompts", "t5")])
 def test_each_kind_of_run_loads_back_to_its_logits(argv, tmp_path, monkeypatch, more):
     models = []
     calls(monkeypatch, "evaluate", lambda count, model, *_: models.append(model))
@@ -341,12 +361,19 @@ def test_a_header_with_a_wrong_byte_never_ends_in_a_traceback(learned, tmp_path,
     {"task": None}, {"task": "foo"}, {"task": []}, {"model": None}, {"model": 5}, {"model": "gone"}, {"method": None}, {"method": "foo"}, {"method": 1},
     {"r": None}, {"r": "4"}, {"r": 0}, {"r": 3}, {"keep": 5}, {"keep": ["a"]}, {"keep": [7]}, {"dtype": None}, {"dtype": 1}, {"dtype": []},
     {"gates": None}, {"gates": 3}, {"prompts": None}, {"prompts": 3}, {"prompts": "foo"}, {"backbone_sha256": None}, {"backbone_sha256": 5},
+    {"freeze": "1"}, {"as_authors": 1}, {"checkpoint": "no"}, {"method": "lora"},
 ], ids=str)
 def test_a_run_with_a_wrong_config_inside_is_refused(learned, tmp_path, capsys, change):
     """None: the key is missing."""
     config = {name: value for name, value in (learned[1]["config"] | change).items() if value is not None or name not in change}
     save_file(load_file(learned[0] / "trained.safetensors"), tmp_path / "trained.safetensors", metadata={"config": json.dumps(config)})
     refused(capsys, ["--out", str(tmp_path), "--predict", "a film"])
+
+
+def test_a_run_from_before_the_baselines_still_loads(learned, tmp_path):
+    config = {name: value for name, value in learned[1]["config"].items() if name not in ("as_authors", "freeze", "checkpoint")}
+    save_file(load_file(learned[0] / "trained.safetensors"), tmp_path / "trained.safetensors", metadata={"config": json.dumps(config)})
+    train.load(tmp_path)
 
 
 @pytest.mark.parametrize("metadata", [None, {}, {"config": ""}, {"config": "[]"}, {"config": "{}"}, {"config": "5"}, {"config": "null"},
@@ -374,6 +401,25 @@ def test_the_same_seed_gives_the_same_losses_and_weights(argv, tmp_path):
     assert losses[0] == losses[1] != losses[2]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     assert not all(torch.equal(weights[0][name], weights[2][name]) for name in weights[0])
+
+
+@pytest.mark.parametrize("more", [("adapters",), ("lora",), ("prompt", "--as-authors")])
+def test_the_same_seed_gives_a_baseline_the_same_start(argv, tmp_path, more):
+    starts = []
+    for out, seed in (("a", 0), ("b", 0), ("c", 1)):
+        train.main(argv("--method", *more, "--out", tmp_path / out, "--seed", seed, "--lr", "1e-30", "--max-steps", 1))
+        starts.append(load_file(tmp_path / out / "trained.safetensors"))
+    same = [all(torch.equal(starts[0][name], start[name]) for name in start) for start in starts]
+    assert same == [True, True, False]
+
+
+def test_checkpointing_changes_no_loss(argv, tmp_path):
+    losses = []
+    for method in ("lst", "full"):
+        for more in ((), ("--checkpoint",)):
+            train.main(argv("--method", method, "--out", tmp_path / f"{method}{len(more)}", *more))
+            losses.append(logged(tmp_path / f"{method}{len(more)}", "loss"))
+    assert losses[0] == pytest.approx(losses[1]) and losses[2] == pytest.approx(losses[3])
 
 
 def test_the_learning_rate_warms_up_and_decays_linearly():
@@ -684,6 +730,13 @@ HUGE = str(10**30)
     (("--keep", "2"), ("[2]", "0 to 1")), (("--keep", "1,1"), ("[1, 1]", "once")), (("--keep", ""), ("''", "1,3,5")), (("--keep", "a"), ("'a'", "1,3,5")),
     (("--keep", "-1"), ("-1",)), (("--keep", "0,,1"), ("0,,1",)), (("--keep", HUGE), (HUGE,)),
     (("--dtype", "fp16"), ("float16", "bfloat16")), (("--dtype", "foo"), ("foo", "bf16")), (("--dtype", "bf16", "--method", "full"), ("bf16", "fp32")),
+    (("--method", "full", "--keep", "1"), ("--keep", "full")),
+    (("--method", "lora", "--r", "4", "--gates", "shut"), ("--r, --gates", "lora")),
+    (("--method", "bitfit", "--init", "random"), ("--init",)), (("--method", "prompt", "--fisher-samples", "8"), ("--fisher-samples",)),
+    (("--method", "adapters", "--prune", "aligned"), ("--prune",)), (("--freeze", "1"), ("--freeze", "lst")), (("--freeze", "-1"), ("-1",)),
+    (("--method", "lora", "--freeze", "5"), ("5", "0 to 4")), (("--method", "lora", "--freeze", "4"), ("4", "nothing to train")),
+    (("--method", "prompt", "--freeze", "1"), ("freeze is 1", "prompts")),
+    *((("--method", method, "--as-authors"), (method, "lora and prompt")) for method in ("lst", "full", "adapters", "bitfit")),
     (("--device", "foo"), ("foo", "cpu")), (("--device", ""), ("''", "cpu")), (("--device", "meta"), ("meta", "cpu")), (("--device", "cuda:99"), ("cuda:99", "cpu")),
     (("--lr", "-1"), ("-1", "above 0")), (("--lr", "0"), ("0",)), (("--lr", "nan"), ("nan",)), (("--lr", "1e400"), ("inf",)), (("--lr", "foo"), ("foo",)),
     (("--warmup-steps", "-1"), ("-1",)), (("--warmup-steps", "1.5"), ("1.5",)), (("--seed", "foo"), ("foo",)), (("--seed", "1.5"), ("1.5",)),
