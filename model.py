@@ -279,7 +279,8 @@ class Stack(nn.Module):
             allowed = allowed.tril(S - T)  # a position sees itself and the past
         if mask is not None:
             assert mask.dtype == torch.bool and mask.shape == (len(h), S), f"the mask must be bool {[len(h), S]}, is {mask.dtype} {list(mask.shape)}"
-            allowed = allowed & mask[:, None, None, :]  # (B, 1, T, S)
+            if mask.device.type != "cpu" or not mask.all():  # nothing padded: all rows share one bias (a GPU would have to wait for the answer)
+                allowed = allowed & mask[:, None, None, :]  # (B, 1, T, S)
         lowest = torch.finfo(h.dtype).min  # not -inf: a row without any True would give NaN
         self_bias = torch.where(allowed, self.pos_bias(T, S), lowest).to(h.dtype)  # (B or 1, H, T, S)
         if memory_mask is None:
