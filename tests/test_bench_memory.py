@@ -1,109 +1,276 @@
-"""The memory table: what Sec. 3.1 claims, counted on the meta device, and the stopwatch on sizes made for it."""
+"""The memory benchmark: Section 3.1's formulas, Table 1 on the meta device, and what the command line does with its arguments."""
 
 import json
+import re
+from dataclasses import replace
+from xml.etree import ElementTree
 
 import pytest
 import torch
-from torch import nn
 
+import account
 import bench_memory
+from bench_memory import ACTIVATIONS, GB, PAPER, Case, kept, mlp
 
 TINY = dict(d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4)
+SMALL = ["--model", "t5-small"]
+FEW = ["--batch-size", "2", "--source-length", "8"]
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """Every size is that of two layers of width 32."""
+    for name in bench_memory.SIZES:
+        monkeypatch.setitem(bench_memory.SIZES, name, TINY)
+        monkeypatch.setitem(bench_memory.KEEP, name, [1])
+    monkeypatch.delitem(bench_memory.KEEP, "t5-small")
+    for name, values in {"batch": (1, 4), "length": (4, 9), "r": (2, 4), "keep": (1, 2)}.items():
+        monkeypatch.setitem(bench_memory.SWEEPS, name, values)
 
 
 @pytest.fixture(scope="module")
-def small():
-    """{"full": row, "lst": row} of t5-small."""
-    full, ladder = bench_memory.main(["--model", "t5-small"])["rows"]
-    return {"full": full, "lst": ladder}
+def published():
+    """Table 1 as the authors' environment measured it: {(method, model): row}."""
+    return {(method, model): Case(method, model, keep=kept(model), as_authors=True).account(list(account.CONVENTIONS)) for method, model in PAPER}
 
 
-def test_a_row_names_each_kind_of_bytes(small):
-    for row in small.values():
-        assert {"method", "model", "trainable_params", "weights", "gradients", "optimizer", "saved_activations"} <= row.keys()
-        assert row["model"] == "t5-small"
-
-
-def test_weights_gradients_and_moments_follow_from_the_parameters(small):
-    full, ladder = small["full"], small["lst"]
-    assert full["trainable_params"] == 60_506_624  # the public checkpoint's
-    for row in (full, ladder):
-        assert (row["gradients"], row["optimizer"]) == (4 * row["trainable_params"], 8 * row["trainable_params"])
-    assert full["weights"] == 4 * 60_506_624 and ladder["weights"] == 4 * (60_506_624 + ladder["trainable_params"])
-
-
-def test_the_ladder_saves_fewer_bytes_than_full_fine_tuning(small):  # Sec. 3.1
-    full, ladder = small["full"], small["lst"]
-    for kind in ("gradients", "optimizer", "saved_activations"):
-        assert ladder[kind] < full[kind] / 2, kind
-
-
-def test_saved_activations_grow_with_the_batch_weights_do_not():
-    one, two = (bench_memory.main(["--model", "t5-small", "--batch-size", size, "--source-length", "16"])["rows"] for size in ("4", "8"))
-    for few, many in zip(one, two):
-        assert many["weights"] == few["weights"]
-        assert 1.8 * few["saved_activations"] < many["saved_activations"] < 2 * few["saved_activations"]
-
-
-class Toy(nn.Module):
-    """Two layers on embedded decoder ids, (B, T) -> (B, T, V)."""
-
-    def __init__(self, V=11, D=3, width=5):
-        super().__init__()
-        self.embed, self.first, self.second = nn.Embedding(V, D), nn.Linear(D, width), nn.Linear(width, V)
-
-    def forward(self, source_ids, source_mask, decoder_ids):
-        return self.second(torch.relu(self.first(self.embed(decoder_ids))))
-
-
-@pytest.mark.parametrize("device", ["meta", "cpu"])
-def test_a_two_layer_toy_saves_the_hand_counted_bytes(device):
-    B, T, V, D, width = 2, 7, 11, 3, 5
-    with torch.device(device):
-        ids = torch.zeros(B, T, dtype=torch.long)
-        batch = ids, torch.ones(B, T, dtype=torch.bool), ids.clone(), ids.clone()
-        saved = bench_memory.saved_bytes(Toy(V, D, width), batch)
-    # the first layer's input, relu's output, which is also the second layer's input, and the log-softmax: ids, labels and weights
-    # are there anyway.  The loss keeps one more number, by which it divides.
-    assert saved == 4 * B * T * (D + width + V) + 4
-
-
-def test_a_frozen_toy_saves_less():
+def peak(case, conventions=()):
     with torch.device("meta"):
-        ids = torch.zeros(2, 7, dtype=torch.long)
-        toy = Toy()
-        toy.embed.requires_grad_(False)
-        toy.first.requires_grad_(False)
-        saved = bench_memory.saved_bytes(toy, (ids, ids.bool(), ids.clone(), ids.clone()))
-    assert saved == 4 * 2 * 7 * (5 + 11) + 4  # nothing below the second layer
+        return account.training_step(case.build(), account.make_batch(*case.batch, 32100), conventions)["peak"]
 
 
-def test_bench_memory_needs_no_memory_for_the_largest_model():
-    for row in bench_memory.main(["--model", "t5-3b"])["rows"]:
-        assert row["weights"] > 10 * 2**30
+# ----------------------------------------------------------------------------------------------------------- Section 3.1
+
+@pytest.mark.parametrize("N, B, D, r", [(1, 1, 8, 1), (3, 2, 8, 4), (12, 10, 48, 8), (5, 7, 96, 2)])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("method", ["full", "bias", "ladder"])
+def test_the_formula_of_an_mlp_is_what_autograd_holds(method, activation, N, B, D, r):
+    with torch.device("meta"):
+        formula, counted = mlp(method, ACTIVATIONS[activation], N, B, D, r)
+    assert formula == counted > 0
 
 
-def test_time_measures_each_step_and_prints_their_ratios(monkeypatch, capsys):
-    monkeypatch.setitem(bench_memory.SIZES, "t5-small", TINY)
-    rows = bench_memory.main(["--model", "t5-small", "--time", "--rounds", "2", "--batch-size", "1", "--source-length", "4", "--r", "4"])["rows"]
-    assert len(rows) == 3
+@pytest.mark.parametrize("activation, saved", [("GELU", 12), ("ReLU", 1), ("sigmoid", 1)])
+def test_biases_alone_save_half_for_gelu_and_only_the_input_for_relu_and_sigmoid(activation, saved):  # "up to 50 %"
+    with torch.device("meta"):
+        full, bias = (mlp(method, ACTIVATIONS[activation], 12, 10, 48, 8)[1] for method in ("full", "bias"))
+    assert full - bias == saved * 4 * 10 * 48 and bias == 12 * 4 * 10 * 48
+    assert (full == 2 * bias) == (activation == "GELU")
+
+
+# --------------------------------------------------------------------------------------------------------------- Table 1
+
+@pytest.mark.parametrize("method, model", PAPER)
+def test_table_1_is_reproduced_under_the_conventions_of_its_environment(published, method, model):
+    row = published[method, model]
+    assert (row["paper_gb"], row["paper_inference_gb"]) == PAPER[method, model]
+    assert row["peak_paper_gb"] == pytest.approx(row["paper_gb"], rel=0.06)
+    assert row["inference_peak_paper_gb"] == pytest.approx(row["paper_inference_gb"], rel=0.02)
+    assert row["peak_paper_gb"] == row["peak"] / GB
+
+
+def test_the_rows_count_what_table_1_trains(published):
+    counts = {method: row["trainable_params"] for (method, model), row in published.items() if model == "t5-base"}
+    assert counts == {"full": 222_882_048, "adapters": 3_625_728, "lora": 3_819_876, "bitfit": 280_932, "prompt": 76_800, "lst": 3_878_706}
+    assert [published["lst", model]["trainable_params"] for model in ("t5-large", "t5-3b")] == [9_057_304, 2_494_850]
+    percent = {method: round(row["trainable_percent"], 2) for (method, model), row in published.items() if model == "t5-base"}
+    assert percent == {"full": 100, "adapters": 1.63, "lora": 1.71, "bitfit": 0.13, "prompt": 0.03, "lst": 1.74}
+
+
+def test_our_lora_trains_no_biases():
+    with torch.device("meta"):
+        assert sum(p.numel() for p in Case("lora").build().parameters() if p.requires_grad) == 3_538_944
+
+
+@pytest.mark.parametrize("model, changes, limit", [
+    ("t5-base", {}, 2.7), ("t5-base", dict(checkpoint=True), 1.9), ("t5-base", dict(checkpoint=True, dtype="bf16"), 1.2),
+    ("t5-3b", {}, 13.2), ("t5-3b", dict(dtype="bf16"), 7.0)], ids=str)
+def test_our_lst_is_small(model, changes, limit):
+    assert peak(Case("lst", model, keep=kept(model), attention="fused", **changes)) / GB <= limit
+
+
+@pytest.mark.parametrize("attention", ["eager", "fused"])
+def test_lora_with_checkpointing_is_the_row_to_beat(attention):
+    lora, ladder = (peak(Case(method, keep=kept("t5-base"), attention=attention, checkpoint=True)) / GB for method in ("lora", "lst"))
+    assert 2.2 < lora < 2.5 and ladder < 0.8 * lora
+
+
+def test_paper_values_stand_beside_the_papers_settings_alone(tiny):
+    case = Case("lst", keep=(1,))
+    for change in (dict(batch=(99, 128, 2)), dict(r=4), dict(checkpoint=True), dict(dtype="bf16"), dict(keep=(0,)), dict(model="t5-small")):
+        assert replace(case, **change).account()["paper_gb"] is None, change
+    assert case.account()["paper_gb"] == 5.5
+
+
+# ---------------------------------------------------------------------------------------------------- rows and their order
+
+def test_a_row_has_the_promised_keys(tiny):
+    keys = {"method", "model", "trainable_params", "trainable_percent", "weights", "gradients", "optimizer", "saved_activations", "temporary", "peak",
+            "peak_paper_gb", "paper_gb", "inference_peak_paper_gb", "paper_inference_gb"}
+    rows = bench_memory.main([*SMALL, *FEW])["rows"]
+    assert [row["method"] for row in rows] == ["full", "adapters", "lora", "bitfit", "prompt", "lst"]
     for row in rows:
-        assert 0 < row["fastest"] <= row["seconds"] <= row["slowest"]
-    forward, ladder, full = (row["seconds"] for row in rows)
-    assert f"{ladder / full:.2f} of a full fine-tuning step and {ladder / forward:.2f} of the bare forward pass" in capsys.readouterr().out
+        assert keys <= row.keys() and row["model"] == "t5-small" and row["flops"] > 0
+        assert row["peak"] == sum(row[kind] for kind in bench_memory.KINDS)
 
 
-def test_json_holds_what_main_returns(tmp_path, monkeypatch):
-    monkeypatch.setitem(bench_memory.SIZES, "t5-small", TINY)
-    result = bench_memory.main(["--model", "t5-small", "--r", "4", "--json", str(tmp_path / "bench.json")])
-    assert json.loads((tmp_path / "bench.json").read_text()) == result
+def test_each_trick_makes_the_ladder_smaller(monkeypatch):
+    monkeypatch.setitem(bench_memory.SIZES, "t5-base", bench_memory.SIZES["t5-base"] | {"num_layers": 3})
+    monkeypatch.setitem(bench_memory.KEEP, "t5-base", [1, 2])
+    peaks = [row["peak"] for row in bench_memory.show_tricks(bench_memory.parse(["--source-length", "64"]))]
+    assert peaks == sorted(peaks, reverse=True) and len(set(peaks)) == len(peaks)
 
+
+@pytest.mark.parametrize("method", ["full", "adapters", "lora"])
+def test_freezing_the_lowest_layers_lowers_the_peak(method):  # Fig. 6
+    none, encoder, most = (peak(Case(method, "t5-small", freeze=freeze)) for freeze in (0, 6, 11))
+    assert most < encoder < 0.5 * none
+
+
+def test_freeze_is_for_what_trains_inside_the_backbone():
+    frozen = {case.method: case.freeze for case in bench_memory.cases(bench_memory.parse([*SMALL, "--freeze", "3"]))}
+    assert frozen == {"full": 3, "adapters": 3, "lora": 3, "bitfit": 3, "prompt": 0, "lst": 0}
+
+
+@pytest.mark.parametrize("attention", ["eager", "fused"])
+def test_explain_counts_what_it_predicts(attention, capsys):
+    rows = bench_memory.main([*SMALL, "--explain", "--batch-size", "3", "--source-length", "33", "--attention", attention])["rows"]
+    for row in rows:
+        assert row["formula"] == row["counted"] == sum(tensor["bytes"] for tensor in row["tensors"]) > 0
+    assert len(rows) == 2 and "NOT" not in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------------------------------------------- sweeps
+
+@pytest.mark.parametrize("attention, least, most", [("eager", 0.5, 0.7), ("fused", 0.95, 1)])
+def test_the_ladders_lead_shrinks_with_the_source_under_eager_attention_and_keeps_under_fused(attention, least, most):
+    # r does not shrink attention maps, and eager attention keeps one in each layer, fused one in each stack
+    near, far = (peak(Case("full", "t5-small", attention=attention, batch=(100, S, 2))) / peak(Case("lst", "t5-small", attention=attention, batch=(100, S, 2))) for S in (64, 256))
+    assert near > 3 and least < far / near < most
+
+
+@pytest.mark.parametrize("name, sign", [("r", -1), ("keep", 1)])
+def test_a_sweep_over_r_falls_and_one_over_kept_layers_rises(monkeypatch, name, sign):
+    monkeypatch.setitem(bench_memory.SIZES, "t5-small", dict(d_model=128, d_kv=32, d_ff=256, num_layers=3, num_heads=4))
+    rows = bench_memory.main([*SMALL, "--sweep", name, *FEW])["rows"]
+    values, peaks = [row[name] for row in rows], [row["peak"] for row in rows]
+    assert values == sorted(set(values)) and len(values) >= 2 and all(row["method"] == "lst" for row in rows)
+    assert all(sign * (after - before) > 0 for before, after in zip(peaks, peaks[1:]))
+
+
+def test_a_sweep_prints_the_ratio_of_its_rows(tiny, capsys):
+    rows = bench_memory.main([*SMALL, "--sweep", "batch"])["rows"]
+    printed = re.findall(r"full / LST ([\d.]+)", capsys.readouterr().out)
+    assert [row["batch"] for row in rows] == [1, 1, 1, 4, 4, 4]
+    assert printed == [f"{rows[i]['peak'] / rows[i + 2]['peak']:.2f}" for i in (0, 3)]
+
+
+# ------------------------------------------------------------------------------------------------------------------ fits
+
+@pytest.mark.parametrize("method, changes", [("lora", {}), ("lst", dict(attention="fused", checkpoint=True))])
+def test_the_batch_that_fits_fits_and_one_more_does_not(tiny, method, changes):
+    more = ["--attention", "fused", "--checkpoint"] if changes else []
+    row, = bench_memory.main([*SMALL, "--fits", "1", "--method", method, "--source-length", "1000", *more])["rows"]
+    case, most = Case(method, "t5-small", **changes), row["largest_batch"]
+    assert peak(replace(case, batch=(most, 1000, 2))) <= 2**30 < peak(replace(case, batch=(most + 1, 1000, 2)))
+
+
+@pytest.mark.parametrize("a_row", [2**30 + 1, 2**30, 2**29 + 1, 2**26, 2**26 + 1, 999])
+def test_bisection_finds_the_largest_batch_without_a_limit(tiny, monkeypatch, capsys, a_row):  # an account that is a_row times the batch
+    monkeypatch.setattr(account, "training_step", lambda net, batch: {"peak": a_row * len(batch[0])})
+    monkeypatch.setattr(Case, "build", lambda case: None)
+    row, = bench_memory.main([*SMALL, "--method", "lst", "--fits", "1", "--source-length", "1"])["rows"]
+    assert row["largest_batch"] == 2**30 // a_row
+    assert ("not even one row" in capsys.readouterr().out) == (a_row > 2**30)
+
+
+# ----------------------------------------------------------------------------------------------------------------- files
 
 @pytest.mark.parametrize("arguments", [
-    ["--model", "foo"], ["--r", "7"], ["--r", "0"], ["--batch-size", "0"], ["--batch-size", "-1"], ["--source-length", "0"], ["--attention", "foo"],
-    ["--rounds", "0", "--time"], ["--json", "/dev/null/bench.json"], ["--batch-size", str(10**18)]], ids=" ".join)
-def test_a_wrong_argument_is_refused_in_one_line(monkeypatch, capsys, arguments):
-    monkeypatch.setitem(bench_memory.SIZES, "t5-small", TINY)
+    [], ["--as-published", "--method", "lora"], ["--method", "prompt", "--batch-size", "1000000000", "--source-length", "10000"],
+    ["--sweep", "batch"], ["--sweep", "length"], ["--sweep", "r"], ["--sweep", "keep"],
+    ["--explain"], [*SMALL, "--fits", "1", "--method", "lst", "--source-length", "2000"], [*SMALL, *FEW, "--time", "--rounds", "1"]], ids=" ".join)
+def test_json_holds_what_main_returns_and_the_plot_is_one_that_a_browser_can_read(tmp_path, tiny, capsys, arguments):
+    drawn = not {"--explain", "--fits", "--time"} & {*arguments}
+    json_path, plot_path = tmp_path / "bench.json", tmp_path / "plot.svg"
+    result = bench_memory.main([*arguments, "--json", str(json_path), *(["--plot", str(plot_path)] if drawn else [])])
+    assert json.loads(json_path.read_text()) == result
+    assert result["rows"] and result["torch"] == torch.__version__ and result["hardware"] and "batch" in result["arguments"]
+    assert plot_path.exists() == drawn
+    if drawn:
+        root = ElementTree.parse(plot_path).getroot()
+        assert root.tag.endswith("svg") and len(list(root)) > 10
+        assert not re.search(r"\b(nan|inf)\b", plot_path.read_text())
+    if not arguments:  # the whole story
+        assert len(result["rows"]) == 8 + 3 and len(result["section_3_1"]) == 3 and len(result["tricks"]) == 8
+        text = capsys.readouterr().out
+        assert "≠" not in text and "Table 1" in text and "With checkpointing LoRA needs" in text
+
+
+# --------------------------------------------------------------------------------------------------------------- seconds
+
+def test_time_measures_each_step_and_prints_their_ratios(tiny, capsys):
+    rows = bench_memory.main([*SMALL, "--time", "--rounds", "2", "--batch-size", "1", "--source-length", "4", "--r", "4"])["rows"]
+    for row in rows:
+        assert 0 < row["fastest"] <= row["seconds"] <= row["slowest"]
+    seconds, text = {row["method"]: row["seconds"] for row in rows}, capsys.readouterr().out
+    assert len(seconds) == 5
+    printed = re.findall(r"^(.+) takes ([\d.]+) of (.+)$", text, re.MULTILINE)
+    assert len(printed) == 3
+    for one, ratio, other in printed:
+        assert ratio == f"{seconds[one] / seconds[other]:.2f}"
+
+
+# ------------------------------------------------------------------------------------------------------- wrong arguments
+
+HUGE = str(10**9)
+WRONG = [
+    ["--model", "foo"], ["--method", "foo"], ["--attention", "foo"], ["--table", "2"], ["--sweep", "foo"], ["--foo"],
+    ["--time", "--explain"], ["--as-published", "--fits", "12"], ["--sweep", "r", "--explain"],
+    ["--r", "7"], ["--r", "0"], ["--r", "3", "--sweep", "length"], [*SMALL, "--r", "7", "--explain"],
+    ["--keep", "12"], ["--keep", "1,99"], ["--keep", "1,1"], ["--keep", "-1"], ["--keep", "one"], ["--keep", ""], ["--keep", "1,,2"], ["--keep", "1.5"],
+    ["--freeze", "-1"], ["--freeze", "24"], ["--freeze", HUGE], ["--freeze", "x"], ["--freeze", "3", "--method", "prompt"],
+    ["--freeze", "3", "--method", "lst"], ["--freeze", "-1", "--method", "lst"], [*SMALL, "--freeze", "12"],
+    ["--fits", "0"], ["--fits", "-1"], ["--fits", "1.5"], ["--fits", "x"],
+    ["--batch-size", "0"], ["--batch-size", "-1"], ["--batch-size", str(10**18)], ["--source-length", "0"], ["--target-length", "0"],
+    ["--time", "--rounds", "0"],
+    ["--as-published", "--batch-size", "100"], ["--as-published", "--attention", "fused"], ["--as-published", "--r", "4"], ["--as-published", "--dtype", "bf16"],
+    ["--dtype", "bf16"], ["--dtype", "bf16", "--method", "full"], ["--dtype", "fp16", "--method", "lst"],
+    ["--plot", "x.svg", "--time"], ["--plot", "x.svg", "--explain"], ["--plot", "x.svg", "--fits", "12"],
+    ["--json", "missing/bench.json"], ["--json", "."], ["--json", "/dev/null/bench.json"], ["--plot", "missing/x.svg"], ["--plot", "/dev/null/x.svg"],
+    # sizes that no 64-bit number of bytes can say
+    [*SMALL, "--method", "lst", "--source-length", HUGE], [*SMALL, "--explain", "--source-length", HUGE],
+    [*SMALL, "--method", "lst", "--fits", "12", "--source-length", HUGE], [*SMALL, "--method", "lst", "--target-length", HUGE, "--batch-size", HUGE],
+]
+
+
+@pytest.mark.parametrize("arguments", WRONG, ids=" ".join)
+def test_a_wrong_argument_is_refused_in_one_line_and_nothing_is_written(tmp_path, monkeypatch, capsys, arguments):
+    monkeypatch.chdir(tmp_path)
+    more = [] if "--json" in arguments else ["--json", "bench.json"]
     with pytest.raises(SystemExit) as stop:
-        bench_memory.main(["--model", "t5-small", *arguments])
+        bench_memory.main([*arguments, *more])
+    text = capsys.readouterr().err
+    assert stop.value.code == 2 and len(text.splitlines()) == 1 and text.startswith("error: ")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_a_cuda_device_none_is_measured(capsys):
+    with pytest.raises(SystemExit) as stop:
+        bench_memory.main(["--device", "cuda"])
     assert stop.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_an_error_of_ours_is_not_taken_for_a_step_too_large(monkeypatch):
+    def fails(args):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(bench_memory, "show_explain", fails)
+    with pytest.raises(RuntimeError, match="a bug"):
+        bench_memory.main(["--explain"])
+
+
+def test_numbers_that_are_large_but_count_are_counted(tiny):
+    few, many = (bench_memory.main([*SMALL, "--method", "lst", "--batch-size", size, "--source-length", "8"])["rows"][0] for size in ("1000000", HUGE))
+    assert many["weights"] == few["weights"] and many["saved_activations"] == pytest.approx(1000 * few["saved_activations"], rel=0.01)

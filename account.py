@@ -1,0 +1,262 @@
+"""Count the bytes of a training step without running it (Sec. 3.1).
+
+On torch's meta device tensors have a shape and no content: a T5-3B takes no memory, and a whole step, forward and backward, passes in
+a second.  `training_step` follows every tensor that such a step makes, from birth to death, and says what is alive at the peak:
+
+    weights + optimizer + gradients + saved activations + temporary = peak
+
+Saved activations are what is alive between forward and backward.  `layer_formula` and `mlp_formula` predict those bytes tensor by
+tensor, each with the reason why backward needs it; the tests hold formula and count together to the byte.
+
+Not in an account: the CUDA context (about half a gigabyte), what kernels need inside, and fragmentation.  Letters as in model.py,
+F is d_ff and I the attention's inner width, H * K.
+"""
+import math
+import weakref
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+import model
+from model import T5Config
+
+Batch = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def make_batch(B: int, S: int, T: int, vocab_size: int) -> Batch:
+    """Source ids (B, S), mask, decoder ids (B, T), labels (B, T): full length, nothing padded."""
+    return torch.randint(2, vocab_size, (B, S)), torch.ones(B, S, dtype=torch.bool), torch.zeros(B, T, dtype=torch.long), torch.ones(B, T, dtype=torch.long)
+
+
+def loss_of(net: nn.Module, batch: Batch) -> Tensor:
+    source_ids, source_mask, decoder_ids, labels = batch
+    return F.cross_entropy(net(source_ids, source_mask, decoder_ids).flatten(0, 1).float(), labels.flatten())
+
+
+def bytes_of(parameters) -> int:
+    return sum(p.numel() * p.element_size() for p in parameters)
+
+
+# ------------------------------------------------------------------------------------------------------------- the count
+
+class Live(TorchDispatchMode):
+    """Sees every operation, and writes down when a storage is born and when it dies.
+
+    A storage is counted once, however many tensors look at it; bytes are rounded up as CUDA's allocator does, to `block`.
+    """
+
+    def __init__(self, known: Iterator[Tensor], block: int = 512):
+        super().__init__()
+        self.block, self.diary, self.alive = block, [], {}  # diary: (number, bytes or -bytes); alive: storage -> (number, bytes)
+        self.known = {tensor.untyped_storage()._cdata for tensor in known}
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        output = operation(*args, **(kwargs or {}))
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                if storage.nbytes() and storage._cdata not in self.alive and storage._cdata not in self.known:
+                    size = -(-storage.nbytes() // self.block) * self.block
+                    self.alive[storage._cdata] = len(self.diary), size
+                    self.diary.append((len(self.diary), size))
+                    weakref.finalize(storage, self.bury, storage._cdata)
+        return output
+
+    def bury(self, storage: int) -> None:
+        number, size = self.alive.pop(storage)
+        self.diary.append((number, -size))
+
+    def numbers(self, tensors) -> set[int]:
+        found = (self.alive.get(tensor.untyped_storage()._cdata) for tensor in tensors)
+        return {entry[0] for entry in found if entry}
+
+    def at_peak(self) -> dict[int, int]:
+        """{number: bytes} of what was alive when most was."""
+        now = most = position = 0
+        for i, (_, size) in enumerate(self.diary):
+            now += size
+            if now > most:
+                most, position = now, i
+        then = {}
+        for number, size in self.diary[: position + 1]:
+            if size > 0:
+                then[number] = size
+            else:
+                del then[number]
+        return then
+
+
+def efficient_attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor, dropout_p: float, scale: float) -> Tensor:
+    """What `scaled_dot_product_attention` runs on CUDA, by name: on the meta device torch would take the textbook path."""
+    bias = attn_mask.to(q.dtype).expand(*q.shape[:3], k.size(2))
+    return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, bias, torch.is_grad_enabled(), dropout_p, scale=scale)[0]
+
+
+def training_step(net: nn.Module, batch: Batch, conventions: Collection[str] = ()) -> dict:
+    """Bytes at the peak of a step like all but the first: AdamW's moments exist, gradients do not (fused AdamW makes no temporaries).
+
+    saved_by_forward: all saved activations, at the end of forward; the peak may lie elsewhere.
+    """
+    trained = [p for p in net.parameters() if p.requires_grad]
+    weights, optimizer, held = bytes_of(net.parameters()), 8 * sum(p.numel() for p in trained), 0
+    net.train()
+    if "gradients" in conventions:
+        held = bytes_of(trained)
+        for p in trained:
+            p.grad = torch.zeros_like(p)
+    known = [*net.parameters(), *batch, *(p.grad for p in trained if p.grad is not None)]
+    try:
+        with patch.object(F, "scaled_dot_product_attention", efficient_attention), of_2021(conventions), Live(known) as live:
+            value = (loss_with_caches if "cache" in conventions else loss_of)(net, batch)
+            saved = {number: size for number, size in live.alive.values()}
+            value.backward()
+            gradients = live.numbers(p.grad for p in trained if p.grad is not None)
+    finally:
+        for p in trained:
+            p.grad = None
+    then = live.at_peak()
+    kinds = {"weights": weights, "gradients": held + sum(size for number, size in then.items() if number in gradients), "optimizer": optimizer,
+             "saved_activations": sum(size for number, size in then.items() if number in saved),
+             "temporary": sum(size for number, size in then.items() if number not in saved and number not in gradients)}
+    at_update = weights + optimizer + bytes_of(trained)  # after backward only parameters, moments and all gradients are there
+    if at_update > sum(kinds.values()):
+        kinds |= {"gradients": bytes_of(trained), "saved_activations": 0, "temporary": 0}
+    return kinds | {"peak": sum(kinds.values()), "saved_by_forward": sum(saved.values())}
+
+
+def flops(net: nn.Module, batch: Batch) -> int:
+    """Floating-point operations of matrix products in a step, forward and backward (a multiplication and an addition are two)."""
+    net.train()
+    with patch.object(F, "scaled_dot_product_attention", efficient_attention), FlopCounterMode(display=False) as counter:
+        loss_of(net, batch).backward()
+    for p in net.parameters():
+        p.grad = None
+    return counter.get_total_flops()
+
+
+def inference(net: nn.Module, batch: Batch) -> int:
+    """Bytes at the peak of encoding a batch and generating as many tokens as it has labels, with a cache."""
+    net.eval()
+    source_ids, source_mask, decoder_ids, _ = batch
+    with torch.no_grad(), patch.object(F, "scaled_dot_product_attention", efficient_attention), Live([*net.parameters(), *batch]) as live:
+        state = net.start(source_ids, source_mask)
+        for _ in range(decoder_ids.size(1)):
+            net.step(decoder_ids[:, :1], state)
+    return bytes_of(net.parameters()) + sum(live.at_peak().values())
+
+
+def saved_bytes(run: Callable[[], Tensor], left_out=()) -> int:
+    """Bytes that autograd holds when `run` has returned, as its own hooks see them; storages of `left_out` do not count."""
+    left_out = {tensor.untyped_storage()._cdata for tensor in left_out}
+    saved = {}
+
+    def see(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in left_out:
+            saved[storage._cdata] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(see, lambda tensor: tensor), patch.object(F, "scaled_dot_product_attention", efficient_attention):
+        output = run()  # holds the graph, so that no storage is freed and its place counted twice
+    del output
+    return sum(saved.values())
+
+
+# ----------------------------------------------------------------------------------------------------------- the formula
+
+Row = tuple[str, tuple[int, ...], int, str]  # what, its shape, bytes of an element, why backward needs it
+
+
+def layer_formula(config: T5Config, B: int, S: int, D: int | None = None) -> list[Row]:
+    """What one encoder layer keeps for backward while all of it trains, tensor by tensor.
+
+    With D, the backbone's width, `config` is a side network's (`side_config`) and the layer has its rung in front.
+    """
+    d, H, inner, d_ff = config.d_model, config.num_heads, config.num_heads * config.d_kv, config.d_ff
+    rung = [] if D is None else [
+        ("h_backbone", (B, S, D), 4, "gradient of down's weight: the one tensor of full width"),
+        ("down(h_backbone)", (B, S, d), 4, "gradient of mu"),
+        ("h_side", (B, S, d), 4, "gradient of 1 - mu"),
+        ("mu, 1 - mu", (2,), 4, "gradients of the two streams")]
+
+    def norm(of: str, reader: str) -> list[Row]:
+        return [(of, (B, S, d), 4, "RMSNorm: gradient of the root mean square"), ("1 / rms", (B, S, 1), 4, "RMSNorm: gradient of its input"),
+                (f"{of} / rms", (B, S, d), 4, "gradient of the norm's weight"), (f"norm({of})", (B, S, d), 4, f"gradient of {reader}")]
+
+    def dropped(of: str) -> Row:
+        return f"dropout mask, {of}", (B, S, d), 1, "which elements were dropped"
+
+    if config.attention == "eager":
+        attention = [("q", (B, H, S, config.d_kv), 4, "gradient of k"), ("k", (B, H, config.d_kv, S), 4, "gradient of q"), ("v", (B, H, S, config.d_kv), 4, "gradient of the map"),
+                     ("softmax map", (B, H, S, S), 4, "gradient of softmax"), ("dropout mask, map", (B, H, S, S), 1, "which elements were dropped"),
+                     ("dropped map", (B, H, S, S), 4, "gradient of v"), ("context", (B, S, inner), 4, "gradient of o's weight")]
+    else:
+        attention = [(name, (B, S, inner), 4, "the kernel computes the map again from q and k") for name in ("q", "k", "v")]
+        attention += [("bias", (B, H, S, S), 4, "the same; one for all layers of a stack"), ("log of softmax's sum", (B, H, -(-S // 32) * 32), 4, "the same"),
+                      ("random state", (2,), 8, "the same map is dropped again"), ("context", (B, S, inner), 4, "gradient of o's weight, and of softmax")]
+    return [*rung, *norm("h", "q, k and v's weights"), *attention, dropped("o"), *norm("h'", "wi's weight"),
+            ("dropout mask, wi", (B, S, d_ff), 1, "which elements were dropped"), ("relu", (B, S, d_ff), 4, "gradient of ReLU and of wo's weight: one tensor for both"),
+            dropped("wo")]
+
+
+def formula_bytes(rows: list[Row]) -> int:
+    return sum(math.prod(shape) * size for _, shape, size, _ in rows)
+
+
+# ------------------------------------------------------------------------------------- Table 1's environment (torch 1.10)
+
+class SoftmaxOf2021(torch.autograd.Function):
+    """Keeps its input as well as its output."""
+
+    @staticmethod
+    def forward(context, scores: Tensor, dim: int) -> Tensor:
+        weights = torch.exp(scores - scores.amax(dim, keepdim=True))
+        weights /= weights.sum(dim, keepdim=True)
+        context.save_for_backward(scores, weights)
+        return weights
+
+    @staticmethod
+    def backward(context, gradient: Tensor):
+        _, weights = context.saved_tensors
+        gradient = gradient * weights
+        return gradient - weights * gradient.sum(-1, keepdim=True), None
+
+
+def feed_forward_of_2021(self: model.FeedForward, x: Tensor) -> Tensor:
+    return self.wo(self.dropout(F.relu(self.wi(x))))
+
+
+def loss_with_caches(net: nn.Module, batch: Batch) -> Tensor:
+    """The forward pass with keys and values of every decoder layer kept until the loss is there."""
+    source_ids, source_mask, decoder_ids, labels = batch
+    state = net.start(source_ids, source_mask)
+    memories, caches = (state.memories[0], state.caches[0]) if len(state.caches) == 1 else (state.memories, state.caches)
+    logits = net.decode(decoder_ids, None, memories, state.source_mask, caches)
+    logits = logits if len(state.caches) == 2 else net.logits(logits)
+    return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+
+CONVENTIONS = {  # of the environment that measured Table 1
+    "softmax": "torch 1.10's softmax keeps its input as well as its output",
+    "feed-forward": "dropout comes after ReLU, so one more tensor of width d_ff is kept",
+    "cache": "training keeps keys and values of all decoder layers until the loss is there, for a generation that never comes",
+    "gradients": "zero_grad leaves zeros: gradients stay allocated through forward and backward",
+}
+
+
+@contextmanager
+def of_2021(conventions: Collection[str]) -> Iterator[None]:
+    """Our modules with those of CONVENTIONS that are a matter of modules."""
+    with ExitStack() as stack:
+        if "softmax" in conventions:
+            stack.enter_context(patch.object(torch, "softmax", SoftmaxOf2021.apply))
+        if "feed-forward" in conventions:
+            stack.enter_context(patch.object(model.FeedForward, "forward", feed_forward_of_2021))
+        yield
