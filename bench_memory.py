@@ -84,7 +84,7 @@ class Case:
             row = {"method": self.method, "model": self.model, "label": self.label, "trainable_params": trained, "trainable_percent": 100 * trained / own}
             row |= account.training_step(net, inputs, conventions)
             inference = account.inference(net, account.make_batch(1, *self.batch[1:], 32100))
-        usual = self.batch == (100, 128, 2) and self.keep == kept(self.model) and self.r == 8 and not self.freeze and not self.checkpoint and self.dtype == "fp32"
+        usual = self.batch == (100, 128, 2) and self.keep == kept(self.model) and self.r == 8 and not self.freeze and (self.attention, self.checkpoint, self.dtype) == ("eager", False, "fp32")
         paper, paper_inference = PAPER.get((self.method, self.model), (None, None)) if usual else (None, None)
         return row | {"peak_paper_gb": row["peak"] / GB, "paper_gb": paper, "inference_peak_paper_gb": inference / GB, "paper_inference_gb": paper_inference}
 
@@ -127,8 +127,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     given = {action.dest for action in step._group_actions if getattr(args, action.dest) != action.default}
     if len(modes) > 1:
         parser.error(f"--{modes[0].replace('_', '-')} and --{modes[1]} are two stories: ask for one at a time")
-    if args.as_published and (wrong := given - {"table", "model", "method"}):
-        parser.error(f"--as-published says how Table 1 was measured, so --{min(wrong).replace('_', '-')} cannot change it: leave it out")
+    everything = {action.dest for action in step._group_actions}
+    ignored = {"as_published": everything - {"table", "method"}, "explain": {"table", "method", "keep", "freeze", "checkpoint", "dtype", "as_authors", "device", "rounds", "target_length"},
+               "sweep": {"table", "device", "rounds", {"batch": "batch_size", "length": "source_length"}.get(args.sweep, args.sweep)},
+               "fits": {"batch_size", "device", "rounds"}, "time": {"table", "method", "freeze", "checkpoint", "dtype", "as_authors", "device"}}
+    for mode, idle in ({mode: ignored[mode] for mode in modes} or {"table": {"rounds"}}).items():
+        if given & idle:
+            parser.error(f"--{min(given & idle).replace('_', '-')} would change nothing beside --{mode.replace('_', '-')}: leave it out")
+    if args.sweep in ("r", "keep") and args.method not in (None, "lst"):
+        parser.error(f"--sweep {args.sweep} is about the ladder: leave --method {args.method} out")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no CUDA device here; leave it out, the account needs none")
     if args.dtype == "bf16" and args.method in (None, "full"):
@@ -182,6 +189,7 @@ def mlp(method: str, activation: Callable[[Tensor], Tensor], N: int, B: int, D: 
     """Bytes that N layers a_{i+1} = activation(W_{i+1} a_i + b_{i+1}) of width D keep for backward: (formula, count).
 
     Eq. 1: the gradient of W_{i+1} needs a_i.  Eq. 2: that of a_i, and so of b_i, needs the derivative of each activation above.
+    To be called under torch.device("meta").
     """
     backbone = [nn.Linear(D, D) for _ in range(N)]
     side, down_input, ladders = [nn.Linear(D // r, D // r) for _ in range(N)], nn.Linear(D, D // r), [Ladder(D, D // r) for _ in range(N)]
@@ -206,9 +214,7 @@ def mlp(method: str, activation: Callable[[Tensor], Tensor], N: int, B: int, D: 
         formula = N * full  # the derivatives alone: z_1 ... z_N or a_1 ... a_N
     else:  # the backbone's a_0 ... a_N for down's weights; at each rung down(a), h and their mix, the derivatives, mu and 1 - mu
         formula = (N + 1) * full + (3 * N + (derivatives or 1)) * narrow + 8 * N
-    with torch.device("meta"):
-        parameters = [p for layer in [*backbone, *side, *ladders, down_input] for p in layer.parameters()]
-        return formula, account.saved_bytes(run, parameters)
+    return formula, account.saved_bytes(run, [p for layer in [*backbone, *side, *ladders, down_input] for p in layer.parameters()])
 
 
 def show_section_3_1(N: int = 12, B: int = 100, D: int = 768, r: int = 8) -> list[dict]:
@@ -262,18 +268,18 @@ def measure_cuda(case: Case) -> int:
 
 
 def show(rows: list[dict]) -> None:
-    print(f"{'units of 1000 MiB':38}{'trained':>9}{'weights':>9}{'grads':>7}{'Adam':>7}{'saved':>7}{'temp.':>7}{'peak':>8}{'paper':>7}{'infer':>8}{'paper':>7}{'TFLOP':>8}")
+    print(f"{'units of 1000 MiB':40}{'trained':>9}{'weights':>9}{'grads':>7}{'Adam':>7}{'saved':>7}{'temp.':>7}{'peak':>8}{'paper':>7}{'infer':>8}{'paper':>7}{'TFLOP':>9}")
     most = max(row["peak"] for row in rows)
     for row in rows:
-        paper, paper_inference = (f"{row[key]:g}" if row[key] else "" for key in ("paper_gb", "paper_inference_gb"))
+        paper, paper_inference = f"{row['paper_gb']:.1f}" if row["paper_gb"] else "", f"{row['paper_inference_gb']:.2f}" if row["paper_inference_gb"] else ""
         measured = f"  measured {row['measured_peak'] / GB:.2f}" if "measured_peak" in row else ""
         numbers = "".join(f"{row[kind] / GB:>{width}.2f}" for kind, width in zip(KINDS, (9, 7, 7, 7, 7)))
-        print(f"{row['label']:38}{row['trainable_percent']:>7.2f} %{numbers}{row['peak'] / GB:>8.2f}{paper:>7}{row['inference_peak_paper_gb']:>8.2f}{paper_inference:>7}"
-              f"{row['flops'] / 1e12:>8.1f}{measured}")
+        print(f"{row['label']:40}{row['trainable_percent']:>7.2f} %{numbers}{row['peak'] / GB:>8.2f}{paper:>7}{row['inference_peak_paper_gb']:>8.2f}{paper_inference:>7}"
+              f"{row['flops'] / 1e12:>9.1f}{measured}")
     print()
     for row in rows:  # what the eye compares
-        print(f"{row['label']:38}" + "".join(mark * round(60 * row[kind] / most) for kind, mark in zip(KINDS, "░▒▓█·")))
-    print(f"{'':38}░ weights  ▒ gradients  ▓ Adam  █ saved activations  · temporary\n")
+        print(f"{row['label']:40}" + "".join(mark * round(60 * row[kind] / most) for kind, mark in zip(KINDS, "░▒▓█·")))
+    print(f"{'':40}░ weights  ▒ gradients  ▓ Adam  █ saved activations  · temporary\n")
 
 
 def draw(rows: list[dict], path: str | None, title: str) -> None:
@@ -371,8 +377,8 @@ def show_fits(args: argparse.Namespace) -> list[dict]:
     most = max(row["largest_batch"] for row in rows) or 1
     print(f"\nthe largest batch in {args.fits} GB (2^30 bytes each), source {case.batch[1]}, target {case.batch[2]}, {args.attention} attention\n")
     for row in rows:
-        bar = "█" * round(60 * row["largest_batch"] / most) if row["largest_batch"] else "not even one row: weights, gradients and Adam's moments alone are larger"
-        print(f"{row['label']:36}{row['largest_batch']:>7}  {bar}")
+        bar = "█" * round(60 * row["largest_batch"] / most) if row["largest_batch"] else "not even one row fits"
+        print(f"{row['label']:40}{row['largest_batch']:>7}  {bar}")
     print("\nNot in the account: the CUDA context, about 0.5 GB, and fragmentation.")
     return rows
 
@@ -440,7 +446,8 @@ def show_tables(args: argparse.Namespace) -> dict:
         todo += [replace(case, checkpoint=True) for case in todo if case.method in ("full", "lora", "lst") and case.model == "t5-base"]
     B, S, T = args.batch
     rows = count(todo, args, conventions)
-    print(f"\nTable 1{' as published' * args.as_published}: batch {B}, source {S}, target {T}, {args.attention} attention, {args.dtype}; inference at batch 1\n")
+    usual = "Table 1" if args.batch == (100, 128, 2) and not args.model else f"a training step of {args.model or 'several sizes'}"
+    print(f"\n{usual}{' as published' * args.as_published}: batch {B}, source {S}, target {T}, {args.attention} attention, {args.dtype}; inference at batch 1\n")
     show(rows)
     draw(rows, args.plot, f"Peak of a training step, batch {B}, source {S}, {args.attention} attention, units of 1000 MiB; mark: the paper")
     if args.as_published:
@@ -448,8 +455,10 @@ def show_tables(args: argparse.Namespace) -> dict:
         print("\n".join(f"  - {words}" for words in account.CONVENTIONS.values()))
     if story:
         lora, ladder = (next(row for row in rows if row["label"] == f"{METHODS[method]}, base + checkpointing") for method in ("lora", "lst"))
-        print(f"With checkpointing LoRA needs {lora['peak'] / GB:.2f} and LST {ladder['peak'] / GB:.2f}; LoRA pays with a second forward pass of the backbone: "
-              f"{lora['flops'] / ladder['flops']:.1f} times LST's operations.\n")
+        plain_lora, plain = (next(row for row in rows if row["label"] == f"{METHODS[method]}, base") for method in ("lora", "lst"))
+        print(f"With checkpointing LoRA comes down to {lora['peak'] / GB:.2f}, below LST without it ({plain['peak'] / GB:.2f}); LST with it needs {ladder['peak'] / GB:.2f}.  What remains "
+              f"is time:\nLoRA takes {plain_lora['flops'] / plain['flops']:.1f} times LST's operations, and with checkpointing, a second forward pass of the backbone, "
+              f"{lora['flops'] / ladder['flops']:.1f} times.\n")
         result["tricks"] = show_tricks(args)
         print("more: --as-published  --explain  --sweep length  --fits 12  --time  --attention fused")
     return {"rows": rows} | result
