@@ -192,8 +192,8 @@ def layer_formula(config: T5Config, B: int, S: int, D: int | None = None) -> lis
 
     if config.attention == "eager":
         attention = [("q", (B, H, S, config.d_kv), 4, "gradient of k"), ("k", (B, H, config.d_kv, S), 4, "gradient of q"), ("v", (B, H, S, config.d_kv), 4, "gradient of the map"),
-                     ("softmax map", (B, H, S, S), 4, "gradient of softmax"), ("dropout mask, map", (B, H, S, S), 1, "which elements were dropped"),
-                     ("dropped map", (B, H, S, S), 4, "gradient of v"), ("context", (B, S, inner), 4, "gradient of o's weight")]
+                     ("softmax map", (B, H, S, S), 4, "gradient of softmax"), ("dropped map", (B, H, S, S), 4, "gradient of softmax and of v: no mask is needed"),
+                     ("context", (B, S, inner), 4, "gradient of o's weight")]
     else:
         attention = [(name, (B, S, inner), 4, "the kernel computes the map again from q and k") for name in ("q", "k", "v")]
         attention += [("bias", (B, H, S, S), 4, "the same; one for all layers of a stack"), ("log of softmax's sum", (B, H, -(-S // 32) * 32), 4, "the same"),
@@ -241,6 +241,7 @@ def loss_with_caches(net: nn.Module, batch: Batch) -> Tensor:
 
 
 CONVENTIONS = {  # of the environment that measured Table 1
+    "mask": "dropout of attention maps keeps its mask",
     "softmax": "torch 1.10's softmax keeps its input as well as its output",
     "feed-forward": "dropout comes after ReLU, so one more tensor of width d_ff is kept",
     "cache": "training keeps keys and values of all decoder layers until the loss is there, for a generation that never comes (under `temp.`)",
@@ -252,8 +253,9 @@ CONVENTIONS = {  # of the environment that measured Table 1
 def of_2021(conventions: Collection[str]) -> Iterator[None]:
     """Our modules with those of CONVENTIONS that are a matter of modules."""
     with ExitStack() as stack:
-        if "softmax" in conventions:
-            stack.enter_context(patch.object(torch, "softmax", SoftmaxOf2021.apply))
+        if "mask" in conventions:
+            softmax = SoftmaxOf2021.apply if "softmax" in conventions else torch.softmax
+            stack.enter_context(patch.object(model.DroppedSoftmax, "apply", lambda scores, dropout: dropout(softmax(scores, -1))))
         if "feed-forward" in conventions:
             stack.enter_context(patch.object(model.FeedForward, "forward", feed_forward_of_2021))
         yield

@@ -292,7 +292,7 @@ def show_tricks(args: argparse.Namespace) -> list[dict]:
     lst, rows, gone = Case("lst", keep=kept("t5-base"), batch=args.batch), [], list(account.CONVENTIONS)
     steps: list[tuple[str, list[str], Case]] = [("as published", list(gone), lst)]
     for words, convention in (("torch of today: softmax keeps its output alone", "softmax"), ("gradients are freed after each step", "gradients"),
-                              ("no key/value cache while training", "cache"), ("dropout before ReLU: one tensor serves both", "feed-forward")):
+                              ("no key/value cache while training", "cache"), ("dropout before ReLU: one tensor serves both", "feed-forward"), ("attention maps without a dropout mask", "mask")):
         gone.remove(convention)
         steps.append((words, list(gone), lst))
     for words, change in (("fused attention: the map is computed again", {"attention": "fused"}), ("--checkpoint: so is the rest of a side block", {"checkpoint": True}),
@@ -389,9 +389,9 @@ def step_of(net: nn.Module, batch: account.Batch) -> Callable[[], None]:
     """A training step: forward, backward, clipping, AdamW, as in train.py."""
     parameters = [p for p in net.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-6, weight_decay=0.0, fused=True)
+    net.train()
 
     def step() -> None:
-        net.train()
         account.loss_of(net, batch).backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()

@@ -133,6 +133,26 @@ class Dropout(nn.Dropout):
         return x * bits.float().ge_(self.p * 2**16 - 2**15).mul_(1 / (1 - self.p)).to(x.dtype)
 
 
+class DroppedSoftmax(torch.autograd.Function):
+    """dropout(softmax(scores)) over the last dimension, without keeping dropout's mask (arXiv:2205.14135, App. B.2).
+
+    With w = softmax(scores), y = dropout(w) and g the gradient of y, the gradient of scores is g y - w sum(g y).
+    """
+
+    @staticmethod
+    def forward(context, scores: Tensor, dropout: Dropout) -> Tensor:
+        w = torch.softmax(scores, dim=-1)
+        y = dropout(w)
+        context.save_for_backward(w, y)
+        return y
+
+    @staticmethod
+    def backward(context, g: Tensor) -> tuple[Tensor, None]:
+        w, y = context.saved_tensors
+        g = g * y
+        return g.addcmul_(w, g.sum(dim=-1, keepdim=True), value=-1), None
+
+
 class RelativePositionBias(nn.Module):
     """One learned number per head and bucket of distance, shared by all layers of a stack (arXiv:1910.10683, Sec. 2.1).
 
@@ -205,8 +225,7 @@ class Attention(nn.Module):
         else:
             scores = q @ k.mT  # (B, H, T, S)
             scores += bias  # in place: no second map
-            weights = torch.softmax(scores.float(), dim=-1).type_as(v)
-            h = self.dropout(weights) @ v
+            h = DroppedSoftmax.apply(scores.float(), self.dropout).type_as(v) @ v
         return self.o(h.transpose(1, 2).flatten(2))  # (B, T, D)
 
 

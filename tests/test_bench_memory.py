@@ -202,7 +202,7 @@ def test_json_holds_what_main_returns_and_the_plot_is_one_that_a_browser_can_rea
         assert root.tag.endswith("svg") and len(list(root)) > 10
         assert not re.search(r"\b(nan|inf)\b", plot_path.read_text())
     if not arguments:  # the whole story
-        assert len(result["rows"]) == 8 + 3 and len(result["section_3_1"]) == 3 and len(result["tricks"]) == 8
+        assert len(result["rows"]) == 8 + 3 and len(result["section_3_1"]) == 3 and len(result["tricks"]) == 9
         text = capsys.readouterr().out
         assert "≠" not in text and "With checkpointing LoRA comes down to" in text
 

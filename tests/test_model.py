@@ -17,7 +17,7 @@ from sentencepiece import SentencePieceTrainer
 
 import model
 from make_fixtures import BUCKETS, CONFIGS, FIXTURES, MAX_NEW_TOKENS, expected, random_inputs, random_reference, until_end
-from model import PUBLIC, T5, NotThere, T5Config, Tokenizer, generate, load_t5, load_tokenizer, public_name, save_t5
+from model import PUBLIC, T5, Dropout, DroppedSoftmax, NotThere, T5Config, Tokenizer, generate, load_t5, load_tokenizer, public_name, save_t5
 
 ROOT = Path(model.__file__).parent
 STRAY = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
@@ -49,6 +49,27 @@ def assert_close(ours, theirs):
 
 
 # ---------------------------------------------------------------------------------------- the same numbers as transformers
+
+def test_dropped_softmax_has_the_gradient_of_dropout_after_softmax():
+    scores, weight = torch.randn(2, 3, 5, 7, dtype=torch.float64, requires_grad=True), torch.randn(2, 3, 5, 7, dtype=torch.float64)
+    gradients = []
+    for run in (lambda: DroppedSoftmax.apply(scores, dropout), lambda: dropout(torch.softmax(scores, dim=-1))):
+        dropout = Dropout(0.4)
+        torch.manual_seed(3)  # the same elements are dropped
+        output = run()
+        gradients.append((output, *torch.autograd.grad((output * weight).sum(), scores)))
+    assert (gradients[0][0] == 0).any() and torch.equal(gradients[0][0], gradients[1][0])
+    assert torch.allclose(gradients[0][1], gradients[1][1], atol=1e-12)
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_dropout_zeroes_a_share_of_p_and_keeps_the_mean(p):
+    torch.manual_seed(0)
+    x = torch.ones(300_001)
+    y = Dropout(p)(x)
+    assert abs((y == 0).double().mean() - p) < 0.005 and abs(y.mean() - 1) < 0.01 and set(y.unique().tolist()) <= {0.0, y.max().item()}
+    assert torch.equal(Dropout(p).eval()(x), x)
+
 
 @each_attention
 @each_fixture
