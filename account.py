@@ -93,9 +93,39 @@ class Live(TorchDispatchMode):
         return then
 
 
+class FusedNorm(torch.autograd.Function):
+    """What `rms_norm` keeps on CUDA, where it is one kernel: x (..., D) and 1 / rms (..., 1).  On the meta device torch takes it apart."""
+
+    @staticmethod
+    def forward(context, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        scale = torch.rsqrt(x.float().square().mean(dim=-1, keepdim=True) + epsilon)
+        context.save_for_backward(x, weight, scale)
+        return (x * scale * weight).to(x.dtype)
+
+    @staticmethod
+    def backward(context, g: Tensor):
+        x, weight, scale = context.saved_tensors
+        normed = x * scale
+        weight_gradient = (g * normed).flatten(0, -2).sum(dim=0) if context.needs_input_grad[1] else None
+        g = g * weight
+        return (scale * (g - normed * (g * normed).mean(dim=-1, keepdim=True))).to(x.dtype), weight_gradient, None
+
+
+def rms_norm(x: Tensor, shape, weight: Tensor, epsilon: float) -> Tensor:
+    return FusedNorm.apply(x, weight, epsilon)
+
+
+@contextmanager
+def kernels_of_cuda() -> Iterator[None]:
+    with patch.object(F, "scaled_dot_product_attention", efficient_attention), patch.object(F, "rms_norm", rms_norm):
+        yield
+
+
 def efficient_attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor, dropout_p: float, scale: float) -> Tensor:
     """What `scaled_dot_product_attention` runs on CUDA, by name: on the meta device torch would take the textbook path."""
     bias = attn_mask.to(q.dtype).expand(*q.shape[:3], k.size(2))
+    if bias.size(-1) % 16:  # the kernel wants aligned rows, so torch makes a padded copy for each layer
+        bias = F.pad(bias, (0, -bias.size(-1) % 16))[..., : bias.size(-1)]
     return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, bias, torch.is_grad_enabled(), dropout_p, scale=scale)[0]
 
 
@@ -113,7 +143,7 @@ def training_step(net: nn.Module, batch: Batch, conventions: Collection[str] = (
             p.grad = torch.zeros_like(p)
     known = [*net.parameters(), *batch, *(p.grad for p in trained if p.grad is not None)]
     try:
-        with patch.object(F, "scaled_dot_product_attention", efficient_attention), of_2021(conventions), Live(known) as live:
+        with kernels_of_cuda(), of_2021(conventions), Live(known) as live:
             value = (loss_with_caches if "cache" in conventions else loss_of)(net, batch)
             saved = {number: size for number, size in live.alive.values()}
             value.backward()
@@ -131,7 +161,7 @@ def training_step(net: nn.Module, batch: Batch, conventions: Collection[str] = (
 def flops(net: nn.Module, batch: Batch) -> int:
     """Floating-point operations of matrix products in a step, forward and backward (a multiplication and an addition are two)."""
     net.train()
-    with patch.object(F, "scaled_dot_product_attention", efficient_attention), FlopCounterMode(display=False) as counter:
+    with kernels_of_cuda(), FlopCounterMode(display=False) as counter:
         loss_of(net, batch).backward()
     for p in net.parameters():
         p.grad = None
@@ -142,7 +172,7 @@ def inference(net: nn.Module, batch: Batch) -> int:
     """Bytes at the peak of encoding a batch and generating as many tokens as it has labels, with a cache."""
     net.eval()
     source_ids, source_mask, decoder_ids, _ = batch
-    with torch.no_grad(), patch.object(F, "scaled_dot_product_attention", efficient_attention), Live([*net.parameters(), *batch]) as live:
+    with torch.no_grad(), kernels_of_cuda(), Live([*net.parameters(), *batch]) as live:
         state = net.start(source_ids, source_mask)
         for _ in range(decoder_ids.size(1)):
             net.step(decoder_ids[:, :1], state)
@@ -160,7 +190,7 @@ def saved_bytes(run: Callable[[], Tensor], left_out=()) -> int:
             saved[storage._cdata] = storage.nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(see, lambda tensor: tensor), patch.object(F, "scaled_dot_product_attention", efficient_attention):
+    with torch.autograd.graph.saved_tensors_hooks(see, lambda tensor: tensor), kernels_of_cuda():
         output = run()  # holds the graph, so that no storage is freed and its place counted twice
     del output
     return sum(saved.values())
@@ -184,8 +214,8 @@ def layer_formula(config: T5Config, B: int, S: int, D: int | None = None) -> lis
         ("mu, 1 - mu", (2,), 4, "gradients of the two streams")]
 
     def norm(of: str, reader: str) -> list[Row]:
-        return [(of, (B, S, d), 4, "RMSNorm: gradient of the root mean square"), ("1 / rms", (B, S, 1), 4, "RMSNorm: gradient of its input"),
-                (f"{of} / rms", (B, S, d), 4, "gradient of the norm's weight"), (f"norm({of})", (B, S, d), 4, f"gradient of {reader}")]
+        return [(of, (B, S, d), 4, "RMSNorm: gradients of its input and its weight"), ("1 / rms", (B, S, 1), 4, "the same"),
+                (f"norm({of})", (B, S, d), 4, f"gradient of {reader}")]
 
     def dropped(of: str) -> Row:
         return f"dropout mask, {of}", (B, S, d), 1, "which elements were dropped"
@@ -196,7 +226,7 @@ def layer_formula(config: T5Config, B: int, S: int, D: int | None = None) -> lis
                      ("context", (B, S, inner), 4, "gradient of o's weight")]
     else:
         attention = [(name, (B, S, inner), 4, "the kernel computes the map again from q and k") for name in ("q", "k", "v")]
-        attention += [("bias", (B, H, S, S), 4, "the same; one for all layers of a stack"), ("log of softmax's sum", (B, H, -(-S // 32) * 32), 4, "the same"),
+        attention += [("bias", (B, H, S, -(-S // 16) * 16), 4, "the same; one for all layers of a stack where S is a multiple of 16"), ("log of softmax's sum", (B, H, -(-S // 32) * 32), 4, "the same"),
                       ("random state", (2,), 8, "the same map is dropped again"), ("context", (B, S, inner), 4, "gradient of o's weight, and of softmax")]
     return [*rung, *norm("h", "q, k and v's weights"), *attention, dropped("o"), *norm("h'", "wi's weight"),
             ("dropout mask, wi", (B, S, d_ff), 1, "which elements were dropped"), ("relu", (B, S, d_ff), 4, "gradient of ReLU and of wo's weight: one tensor for both"),
@@ -226,6 +256,10 @@ class SoftmaxOf2021(torch.autograd.Function):
         return gradient - weights * gradient.sum(-1, keepdim=True), None
 
 
+def norm_of_2021(self: model.RMSNorm, x: Tensor) -> Tensor:
+    return self.weight * (x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + self.epsilon))
+
+
 def feed_forward_of_2021(self: model.FeedForward, x: Tensor) -> Tensor:
     return self.wo(self.dropout(F.relu(self.wi(x))))
 
@@ -243,6 +277,7 @@ def loss_with_caches(net: nn.Module, batch: Batch) -> Tensor:
 CONVENTIONS = {  # of the environment that measured Table 1
     "mask": "dropout of attention maps keeps its mask",
     "softmax": "torch 1.10's softmax keeps its input as well as its output",
+    "norm": "T5's norm is made of single operations, which keep x / rms for the weight as well",
     "feed-forward": "dropout comes after ReLU, so one more tensor of width d_ff is kept",
     "cache": "training keeps keys and values of all decoder layers until the loss is there, for a generation that never comes (under `temp.`)",
     "gradients": "zero_grad leaves zeros: gradients stay allocated through forward and backward",
@@ -255,7 +290,9 @@ def of_2021(conventions: Collection[str]) -> Iterator[None]:
     with ExitStack() as stack:
         if "mask" in conventions:
             softmax = SoftmaxOf2021.apply if "softmax" in conventions else torch.softmax
-            stack.enter_context(patch.object(model.DroppedSoftmax, "apply", lambda scores, dropout: dropout(softmax(scores, -1))))
+            stack.enter_context(patch.object(model.DroppedSoftmax, "apply", lambda scores, dropout, dtype: dropout(softmax(scores, -1)).to(dtype)))
+        if "norm" in conventions:
+            stack.enter_context(patch.object(model.RMSNorm, "forward", norm_of_2021))
         if "feed-forward" in conventions:
             stack.enter_context(patch.object(model.FeedForward, "forward", feed_forward_of_2021))
         yield

@@ -10,6 +10,7 @@
 Bytes come from account.py.  --model, --method and what shapes a step (--batch-size, --attention, --checkpoint, ...) choose and change the rows.
 """
 import argparse
+import gc
 import json
 import math
 import os
@@ -26,7 +27,7 @@ import account
 import baselines
 import plot
 from model import T5, Stack, T5Config
-from report import Parser, Progress, hardware, positive
+from report import Parser, Progress, guarded, hardware, layers, positive, whole
 from side import Ladder, LadderT5, SideStack, check_keep, side_config
 
 SIZES = {  # the public T5 v1.0 checkpoints
@@ -73,7 +74,7 @@ class Case:
             t5 = t5.to(torch.bfloat16)
         if self.method == "lst":
             return LadderT5(t5, self.r, self.keep)
-        return baselines.apply(t5, self.method, as_authors=self.as_authors and self.method in ("lora", "prompt"), freeze=self.freeze)
+        return baselines.apply(t5, self.method, as_authors=self.as_authors, freeze=self.freeze)
 
     def account(self, conventions: Sequence[str] = ()) -> dict:
         """A row: bytes of training and of inference at batch 1, on the meta device."""
@@ -84,7 +85,7 @@ class Case:
             row = {"method": self.method, "model": self.model, "label": self.label, "trainable_params": trained, "trainable_percent": 100 * trained / own}
             row |= account.training_step(net, inputs, conventions)
             inference = account.inference(net, account.make_batch(1, *self.batch[1:], 32100))
-        usual = self.batch == (100, 128, 2) and self.keep == kept(self.model) and self.r == 8 and not self.freeze and (self.attention, self.checkpoint, self.dtype) == ("eager", False, "fp32")
+        usual = replace(self, as_authors=False) == Case(self.method, self.model, keep=kept(self.model))
         paper, paper_inference = PAPER.get((self.method, self.model), (None, None)) if usual else (None, None)
         return row | {"peak_paper_gb": row["peak"] / GB, "paper_gb": paper, "inference_peak_paper_gb": inference / GB, "paper_inference_gb": paper_inference}
 
@@ -111,8 +112,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     step.add_argument("--source-length", type=positive, default=128)
     step.add_argument("--target-length", type=positive, default=2)
     step.add_argument("--r", type=positive, default=8)
-    step.add_argument("--keep", type=layers, help="0-based layers of the ladder, or `all` (default: Table 1's; with --time all)")
-    step.add_argument("--freeze", type=int, default=0, metavar="K", help="the baselines' lowest K layers stay as they are (Fig. 6)")
+    step.add_argument("--keep", type=lambda text: text if text == "all" else layers(text), help="0-based layers of the ladder, or all (default: Table 1's; with --time all)")
+    step.add_argument("--freeze", type=whole, default=0, metavar="K", help="the baselines' lowest K layers stay as they are (Fig. 6)")
     step.add_argument("--attention", choices=("eager", "fused"), default="eager", help="of every row (default eager, as the paper's)")
     step.add_argument("--checkpoint", action="store_true", help="gradient checkpointing of every row: of backbone blocks, LST's of side blocks")
     step.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the frozen backbone")
@@ -128,14 +129,20 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if len(modes) > 1:
         parser.error(f"--{modes[0].replace('_', '-')} and --{modes[1]} are two stories: ask for one at a time")
     everything = {action.dest for action in step._group_actions}
-    ignored = {"as_published": everything - {"table", "method"}, "explain": {"table", "method", "keep", "freeze", "checkpoint", "dtype", "as_authors", "device", "rounds", "target_length"},
-               "sweep": {"table", "device", "rounds", {"batch": "batch_size", "length": "source_length"}.get(args.sweep, args.sweep)},
-               "fits": {"batch_size", "device", "rounds"}, "time": {"table", "method", "freeze", "checkpoint", "dtype", "as_authors", "device"}}
-    for mode, idle in ({mode: ignored[mode] for mode in modes} or {"table": {"rounds"}}).items():
-        if given & idle:
-            parser.error(f"--{min(given & idle).replace('_', '-')} would change nothing beside --{mode.replace('_', '-')}: leave it out")
+    read = {"as_published": {"table", "method"}, "explain": {"model", "batch_size", "source_length", "r", "attention"},
+            "time": {"model", "batch_size", "source_length", "target_length", "r", "keep", "attention", "rounds"},
+            "fits": everything - {"batch_size", "device", "rounds"},
+            "sweep": everything - {"table", "device", "rounds"} - ({"freeze", "as_authors", args.sweep} if args.sweep in ("r", "keep") else
+                                                                  {"batch_size" if args.sweep == "batch" else "source_length"})}
+    idle = given - (read[modes[0]] if modes else everything - {"rounds"})
+    idle |= given & ({"r", "keep"} if args.method not in (None, "lst") else set())
+    idle |= given & ({"freeze"} if args.method in ("lst", "prompt") else set()) | given & ({"as_authors"} if args.method not in (None, "lora", "prompt") else set())
+    if idle:
+        parser.error(f"--{min(idle).replace('_', '-')} has no part in what is asked for here{f' (--{modes[0]})'.replace('_', '-') if modes else ''}: leave it out")
     if args.sweep in ("r", "keep") and args.method not in (None, "lst"):
         parser.error(f"--sweep {args.sweep} is about the ladder: leave --method {args.method} out")
+    if args.json and args.plot and Path(args.json).absolute() == Path(args.plot).absolute():
+        parser.error("--json and --plot name the same file")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no CUDA device here; leave it out, the account needs none")
     if args.dtype == "bf16" and args.method in (None, "full"):
@@ -155,17 +162,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             check_keep(case.keep, config)
             if not 0 <= args.freeze < 2 * config.num_layers:
                 raise ValueError(f"freeze is {args.freeze}, it must be from 0 to {2 * config.num_layers - 1}, so that something is left to train")
-            if args.freeze and args.method in ("prompt", "lst"):
-                raise ValueError("prompts sit below every layer, and LST's backbone is frozen anyway: --freeze does not go with them")
+            if case.method == "lst" and case.attention == "fused" and config.d_kv // case.r % 4 and not args.time:
+                raise ValueError(f"r is {case.r}: CUDA's fused kernel takes heads of a multiple of 4, the side network's would be {config.d_kv // case.r} wide; use --attention eager")
     except ValueError as error:
         parser.error(str(error))
     return args
-
-
-def layers(text: str) -> str | tuple[int, ...]:
-    if text != "all" and not all(part.isdecimal() and len(part) < 5 for part in text.split(",")):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither `all` nor a list of 0-based layers such as 1,3,5")
-    return text if text == "all" else tuple(int(part) for part in text.split(","))
 
 
 def cases(args: argparse.Namespace) -> list[Case]:
@@ -174,7 +175,7 @@ def cases(args: argparse.Namespace) -> list[Case]:
     which = [(method, model) for method, model in which if args.method in (None, method)]
     made = []
     for method, model in which:
-        keep = kept(model) if args.keep is None else None if args.keep == "all" else args.keep
+        keep = kept(model) if args.keep is None else None if args.keep == "all" else tuple(args.keep)
         made.append(Case(method, model, args.r, keep if method == "lst" else kept(model), args.freeze if method not in ("lst", "prompt") else 0,
                          args.attention, args.checkpoint, args.dtype, args.as_authors, args.batch))
     return made
@@ -230,9 +231,11 @@ def show_section_3_1(N: int = 12, B: int = 100, D: int = 768, r: int = 8) -> lis
     for row in rows:
         cells = [f"{row[f'{method}_formula']:,} {'=' if row[f'{method}_formula'] == row[f'{method}_counted'] else '≠'} {row[f'{method}_counted']:,}" for method in ("full", "bias", "ladder")]
         print(f"{row['activation']:10}" + "".join(f"{cell:>24}" for cell in cells))
+    # Paper: a ladder's memory is 1/r of (|a| + |derivatives|).  That leaves out the inputs of its down-projections, which have the backbone's width.
     print("\nEq. 1 and 2 need {a} and the derivatives; training biases alone needs only the derivatives: \"up to 50 %\" less.  So it is for GELU.  For ReLU"
-          "\nand sigmoid autograd keeps one tensor for both, a_{i+1}, and only the input is saved.  A ladder also keeps the {a}: the gradient of down"
-          "\nneeds them.  In an MLP that is most of it; a Transformer layer keeps " + f"{transformer_ratio():.0f} times its output, and of that a ladder needs one.\n")
+          "\nand sigmoid autograd keeps one tensor for both, a_{i+1}, and only the input is saved.  A ladder needs 1/r of either, and also all the {a}: the"
+          "\ngradients of its down-projections read them.  In an MLP, which keeps little else, a ladder therefore saves nothing, or little.  A Transformer"
+          f"\nlayer keeps {transformer_ratio():.0f} times its output, and of these the ladder reads one.\n")
     return rows
 
 
@@ -255,16 +258,21 @@ def count(todo: list[Case], args: argparse.Namespace, conventions: Sequence[str]
     return rows
 
 
-def measure_cuda(case: Case) -> int:
-    """The largest number of bytes that CUDA held in the second and third step."""
-    with torch.device("cuda"):
-        net, batch = case.build(), account.make_batch(*case.batch, 32100)
-    step = step_of(net, batch)
-    step()
-    torch.cuda.reset_peak_memory_stats()
-    step()
-    step()
-    return torch.cuda.max_memory_allocated()
+def measure_cuda(case: Case) -> int | None:
+    """The largest number of bytes that CUDA held in the second and third step; None if the card is too small."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    try:
+        with torch.device("cuda"):
+            net, batch = case.build(), account.make_batch(*case.batch, 32100)
+        step = step_of(net, batch)
+        step()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        step()
+        return torch.cuda.max_memory_allocated()
+    except torch.OutOfMemoryError:
+        return None
 
 
 def show(rows: list[dict]) -> None:
@@ -272,7 +280,7 @@ def show(rows: list[dict]) -> None:
     most = max(row["peak"] for row in rows)
     for row in rows:
         paper, paper_inference = f"{row['paper_gb']:.1f}" if row["paper_gb"] else "", f"{row['paper_inference_gb']:.2f}" if row["paper_inference_gb"] else ""
-        measured = f"  measured {row['measured_peak'] / GB:.2f}" if "measured_peak" in row else ""
+        measured = "" if "measured_peak" not in row else f"  measured {row['measured_peak'] / GB:.2f}" if row["measured_peak"] else "  does not fit"
         numbers = "".join(f"{row[kind] / GB:>{width}.2f}" for kind, width in zip(KINDS, (9, 7, 7, 7, 7)))
         print(f"{row['label']:40}{row['trainable_percent']:>7.2f} %{numbers}{row['peak'] / GB:>8.2f}{paper:>7}{row['inference_peak_paper_gb']:>8.2f}{paper_inference:>7}"
               f"{row['flops'] / 1e12:>9.1f}{measured}")
@@ -289,17 +297,17 @@ def draw(rows: list[dict], path: str | None, title: str) -> None:
 
 def show_tricks(args: argparse.Namespace) -> list[dict]:
     """What makes our LST smaller than the published one, one step at a time."""
-    lst, rows, gone = Case("lst", keep=kept("t5-base"), batch=args.batch), [], list(account.CONVENTIONS)
-    steps: list[tuple[str, list[str], Case]] = [("as published", list(gone), lst)]
+    lst, rows, remaining = Case("lst", r=args.r, keep=kept("t5-base"), batch=args.batch), [], list(account.CONVENTIONS)
+    steps: list[tuple[str, list[str], Case]] = [("as published", list(remaining), lst)]
     for words, convention in (("torch of today: softmax keeps its output alone", "softmax"), ("gradients are freed after each step", "gradients"),
-                              ("no key/value cache while training", "cache"), ("dropout before ReLU: one tensor serves both", "feed-forward"), ("attention maps without a dropout mask", "mask")):
-        gone.remove(convention)
-        steps.append((words, list(gone), lst))
+                              ("no key/value cache while training", "cache"), ("one kernel for a norm", "norm"), ("dropout before ReLU: one tensor serves both", "feed-forward"), ("attention maps without a dropout mask", "mask")):
+        remaining.remove(convention)
+        steps.append((words, list(remaining), lst))
     for words, change in (("fused attention: the map is computed again", {"attention": "fused"}), ("--checkpoint: so is the rest of a side block", {"checkpoint": True}),
                           ("bf16 backbone: half the weights and rung inputs", {"dtype": "bf16"})):
         lst = replace(lst, **change)
         steps.append((words, [], lst))
-    print(f"LST on T5-base, {len(lst.keep)} layers, batch {args.batch[0]}: what each step brings, units of 1000 MiB\n")
+    print(f"LST on T5-base, r = {args.r}, {len(lst.keep)} layers, batch {args.batch[0]}: what each step brings, units of 1000 MiB\n")
     for words, conventions, case in steps:
         rows.append(case.account(conventions) | {"step": words})
         print(f"{words:52}{rows[-1]['peak'] / GB:6.2f}  {'█' * round(60 * rows[-1]['peak'] / rows[0]['peak'])}", flush=True)
@@ -334,7 +342,7 @@ def show_sweep(args: argparse.Namespace) -> list[dict]:
     N = SIZES[model]["num_layers"]
     methods = [method for method in (("lst",) if args.sweep in ("r", "keep") else ("full", "lora", "lst")) if args.method in (None, method)] or [args.method]
     values = [value for value in SWEEPS[args.sweep] if args.sweep != "keep" or value <= N]
-    values = [value for value in values if args.sweep != "r" or not any(SIZES[model][key] % value for key in ("d_model", "d_kv", "d_ff"))]
+    values = [value for value in values if args.sweep != "r" or not any(SIZES[model][key] % value for key in ("d_model", "d_kv", "d_ff")) and (args.attention == "eager" or SIZES[model]["d_kv"] // value % 4 == 0)]
     rows, progress = [], Progress("accounts", len(values) * len(methods))
     for value in values:
         for case in cases(argparse.Namespace(**vars(args) | {"model": model})):
@@ -441,12 +449,12 @@ def show_tables(args: argparse.Namespace) -> dict:
     if args.as_published:
         todo = [replace(case, as_authors=True) for case in todo]
     story = not any((args.as_published, args.model, args.method, args.checkpoint, args.freeze, args.keep, args.device == "cuda")) and args.dtype == "fp32"
-    result = {"section_3_1": show_section_3_1()} if story else {}
+    result = {"section_3_1": show_section_3_1(r=args.r)} if story else {}
     if story:
         todo += [replace(case, checkpoint=True) for case in todo if case.method in ("full", "lora", "lst") and case.model == "t5-base"]
     B, S, T = args.batch
     rows = count(todo, args, conventions)
-    usual = "Table 1" if args.batch == (100, 128, 2) and not args.model else f"a training step of {args.model or 'several sizes'}"
+    usual = "Table 1" if all(case.batch == (100, 128, 2) for case in todo) and not (args.model or args.method or args.freeze or args.keep) else "training steps"
     print(f"\n{usual}{' as published' * args.as_published}: batch {B}, source {S}, target {T}, {args.attention} attention, {args.dtype}; inference at batch 1\n")
     show(rows)
     draw(rows, args.plot, f"Peak of a training step, batch {B}, source {S}, {args.attention} attention, units of 1000 MiB; mark: the paper")
@@ -467,15 +475,18 @@ def show_tables(args: argparse.Namespace) -> dict:
 def main(argv: Sequence[str] | None = None) -> dict:
     """Show what the command line asks for; returns what --json writes: {"rows": [...]}, one dict for each line."""
     args = parse(argv)
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as in train.py
+    return guarded(lambda: run(args))
+
+
+def run(args: argparse.Namespace) -> dict:
     shows = {"explain": show_explain, "sweep": show_sweep, "fits": show_fits, "time": show_seconds}
     chosen = [shows[name] for name in shows if getattr(args, name)]
     try:
         result = {"rows": chosen[0](args)} if chosen else show_tables(args)
     except RuntimeError as error:
-        if not any(words in str(error) for words in ("overflow", "allocate", "out of memory")):
+        if isinstance(error, torch.OutOfMemoryError) or not any(words in str(error) for words in ("overflow", "allocate")):
             raise
-        Parser("").error("a step of this size is more than 64 bits can count or this machine can hold: make the batch or a length smaller")
+        raise ValueError("a step of this size is more than 64 bits can count or this machine can hold: make the batch or a length smaller") from None
     result |= {"arguments": {name: value for name, value in vars(args).items() if name not in ("json", "plot")}, "torch": torch.__version__,
                "hardware": hardware("cuda" if args.device == "cuda" else "cpu")}
     text = json.dumps(result, indent=2)

@@ -140,17 +140,17 @@ class DroppedSoftmax(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(context, scores: Tensor, dropout: Dropout) -> Tensor:
+    def forward(context, scores: Tensor, dropout: Dropout, dtype: torch.dtype) -> Tensor:
         w = torch.softmax(scores, dim=-1)
-        y = dropout(w)
+        y = dropout(w).to(dtype)
         context.save_for_backward(w, y)
         return y
 
     @staticmethod
-    def backward(context, g: Tensor) -> tuple[Tensor, None]:
+    def backward(context, g: Tensor) -> tuple[Tensor, None, None]:
         w, y = context.saved_tensors
-        g = g * y
-        return g.addcmul_(w, g.sum(dim=-1, keepdim=True), value=-1), None
+        g = (g * y).to(w.dtype)
+        return g.addcmul_(w, g.sum(dim=-1, keepdim=True), value=-1), None, None
 
 
 class RelativePositionBias(nn.Module):
@@ -225,7 +225,7 @@ class Attention(nn.Module):
         else:
             scores = q @ k.mT  # (B, H, T, S)
             scores += bias  # in place: no second map
-            h = DroppedSoftmax.apply(scores.float(), self.dropout).type_as(v) @ v
+            h = DroppedSoftmax.apply(scores.float(), self.dropout, v.dtype) @ v
         return self.o(h.transpose(1, 2).flatten(2))  # (B, T, D)
 
 

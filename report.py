@@ -1,9 +1,11 @@
 """What a run says: to a wrong argument, how far it is, its scores, its memory, and what its gates learned."""
 import argparse
+import os
 import platform
 import resource
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -20,13 +22,42 @@ class Parser(argparse.ArgumentParser):
 
 
 def positive(text: str) -> int:
-    if not text.isdecimal() or not 1 <= int(text[:12]) <= 10**9:
+    if not (text.isascii() and text.isdecimal()) or not 1 <= int(text[:12]) <= 10**9:
         raise argparse.ArgumentTypeError(f"{text[:20]!r} is not a whole number from 1 to 10^9")
     return int(text)
 
 
+def guarded(run: Callable[[], dict]) -> dict:
+    """Run a program's work.  What the user can mend ends with one line and exit code 2, a loss that is not finite with 1, Ctrl-C with 130."""
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch on Linux: memory in huge pages, so that fresh tensors cost less time
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a bar should not cost the results
+    try:
+        return run()
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        hint = "; try a smaller --batch-size" if isinstance(error, torch.OutOfMemoryError) else ""
+        print(f"error: {str(error).splitlines()[0] if hint else error}{hint}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except FloatingPointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
 def say(text: str) -> None:
     print(text, flush=True)
+
+
+def layers(text: str) -> list[int]:
+    if not all(part.isascii() and part.isdecimal() and len(part) < 5 for part in text.split(",")):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of 0-based layers such as 1,3,5")
+    return [int(part) for part in text.split(",")]
+
+
+def whole(text: str) -> int:
+    return 0 if text == "0" else positive(text)
 
 
 class Progress:

@@ -10,8 +10,6 @@ A run's folder holds config.json, metrics.jsonl, results.json and trained.safete
 import argparse
 import json
 import math
-import os
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -27,7 +25,7 @@ import prune
 import report
 from checkpoint import check_folder, load_trained, make_folder, read_config, save_trained, sha256_of_backbone, trainable, write_json
 from model import PUBLIC, T5, Tokenizer, load_t5, load_tokenizer
-from report import Parser, positive, say
+from report import Parser, guarded, layers, positive, say, whole
 from side import LadderT5
 
 METHODS = ("lst", *baselines.METHODS)
@@ -90,16 +88,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.as_authors and args.method not in ("lora", "prompt"):
         parser.error(f"--as-authors has no other reading of --method {args.method}, only of lora and prompt")
     return args
-
-
-def whole(text: str) -> int:
-    return 0 if text == "0" else positive(text)
-
-
-def layers(text: str) -> list[int]:
-    if not all(part.isdecimal() and len(part) < 5 for part in text.split(",")):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of 0-based layers such as 1,3,5")
-    return [int(part) for part in text.split(",")]
 
 
 def settle(args: argparse.Namespace, rows: int, sample: bool) -> None:
@@ -313,26 +301,9 @@ def train(args: argparse.Namespace) -> dict:
 
 
 def main(argv: Sequence[str] | None = None) -> dict:
-    """Train, or --predict, as the command line says; returns what results.json holds.
-
-    What the user can mend ends with one line and exit code 2, a loss that is not finite with 1, Ctrl-C with 130.
-    """
+    """Train, or --predict, as the command line says; returns what results.json holds.  Errors: report.guarded."""
     args = parse(argv)
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch on Linux: memory in huge pages, so that fresh tensors cost less time
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a bar should not cost the results
-    try:
-        return predict(args) if args.predict is not None else train(args)
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        hint = "; try a smaller --batch-size" if isinstance(error, torch.OutOfMemoryError) else ""
-        print(f"error: {str(error).splitlines()[0] if hint else error}{hint}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except FloatingPointError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
+    return guarded(lambda: predict(args) if args.predict is not None else train(args))
 
 
 if __name__ == "__main__":

@@ -146,7 +146,7 @@ def test_explain_counts_what_it_predicts(attention, capsys):
 def test_the_ladders_lead_shrinks_with_the_source_under_eager_attention_and_keeps_under_fused(attention, least, most):
     # r does not shrink attention maps, and eager attention keeps one in each layer, fused one in each stack
     near, far = (peak(Case("full", "t5-small", attention=attention, batch=(100, S, 2))) / peak(Case("lst", "t5-small", attention=attention, batch=(100, S, 2))) for S in (64, 256))
-    assert near > 3 and least < far / near < most
+    assert near > 2.8 and least < far / near < most
 
 
 @pytest.mark.parametrize("name, sign", [("r", -1), ("keep", 1)])
@@ -167,9 +167,9 @@ def test_a_sweep_prints_the_ratio_of_its_rows(tiny, capsys):
 
 # ------------------------------------------------------------------------------------------------------------------ fits
 
-@pytest.mark.parametrize("method, changes", [("lora", {}), ("lst", dict(attention="fused", checkpoint=True))])
+@pytest.mark.parametrize("method, changes", [("lora", {}), ("lst", dict(checkpoint=True))])
 def test_the_batch_that_fits_fits_and_one_more_does_not(tiny, method, changes):
-    more = ["--attention", "fused", "--checkpoint"] if changes else []
+    more = ["--checkpoint"] if changes else []
     row, = bench_memory.main([*SMALL, "--fits", "1", "--method", method, "--source-length", "1000", *more])["rows"]
     case, most = Case(method, "t5-small", **changes), row["largest_batch"]
     assert peak(replace(case, batch=(most, 1000, 2))) <= 2**30 < peak(replace(case, batch=(most + 1, 1000, 2)))
@@ -202,7 +202,7 @@ def test_json_holds_what_main_returns_and_the_plot_is_one_that_a_browser_can_rea
         assert root.tag.endswith("svg") and len(list(root)) > 10
         assert not re.search(r"\b(nan|inf)\b", plot_path.read_text())
     if not arguments:  # the whole story
-        assert len(result["rows"]) == 8 + 3 and len(result["section_3_1"]) == 3 and len(result["tricks"]) == 9
+        assert len(result["rows"]) == 8 + 3 and len(result["section_3_1"]) == 3 and len(result["tricks"]) == 10
         text = capsys.readouterr().out
         assert "≠" not in text and "With checkpointing LoRA comes down to" in text
 

@@ -53,7 +53,7 @@ def assert_close(ours, theirs):
 def test_dropped_softmax_has_the_gradient_of_dropout_after_softmax():
     scores, weight = torch.randn(2, 3, 5, 7, dtype=torch.float64, requires_grad=True), torch.randn(2, 3, 5, 7, dtype=torch.float64)
     gradients = []
-    for run in (lambda: DroppedSoftmax.apply(scores, dropout), lambda: dropout(torch.softmax(scores, dim=-1))):
+    for run in (lambda: DroppedSoftmax.apply(scores, dropout, torch.float64), lambda: dropout(torch.softmax(scores, dim=-1))):
         dropout = Dropout(0.4)
         torch.manual_seed(3)  # the same elements are dropped
         output = run()
