@@ -1,6 +1,6 @@
 """Pre-trains the bundled backbone `assets/nano`: a small T5, from nothing, on movie reviews.
 
-    torchrun --nproc-per-node 2 assets/make_nano.py --text train.jsonl.xz unsup.txt.xz --minutes 30
+    torchrun --nproc-per-node 2 assets/make_nano.py --text train.jsonl.xz unsup.txt.xz --minutes 80
 
 A text file is .txt (a review on each line) or .jsonl ({"text": ..., "label": 0 or 1} on each line), as it is or with .xz behind it.
 Five jobs, one after the other; each leaves its result in --work and is not done twice:
@@ -10,7 +10,7 @@ Five jobs, one after the other; each leaves its result in --work and is not done
     3  teacher        a linear model learns what pieces and pairs of pieces say about a review's label
     4  word vectors   start from which pieces occur near which others, factorised: from random ones they take a quarter of an hour to get there
     5  pre-training   span corruption (arXiv:1910.10683, Sec. 3.1.4) and, as in T5's own mixture (Sec. 3.5.3), a supervised task:
-                      "imdb sentence: a few words or sentences of a review" -> "positive" or "negative"
+                      "imdb sentence: a few words or sentences of a review" -> "positive" or "negative", which the word vectors do not learn from
 
 Ctrl-C stops between two steps, --resume goes on.  Processes with one thread each beat one process with threads.  Where fresh memory
 is slow (many virtual machines), MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 in the environment makes a step faster.
@@ -38,7 +38,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from model import EOS, PAD, SENTINELS, UNK, T5, T5Config, public_name  # noqa: E402
+from model import EOS, PAD, RUN_TIME, SENTINELS, UNK, T5, T5Config, public_name  # noqa: E402
 
 PIECES = 8192 - SENTINELS  # so that the vocabulary, and with it the embedding, has 8192 rows
 PROMPTS = "imdb sentence:", "review:", "sentence:"  # one of them in front of each sentiment batch
@@ -273,7 +273,7 @@ def export(weights: dict[str, Tensor], config: T5Config, work: Path, out: Path) 
     """The folder that `--model` reads: public key names, float16 (finer than bfloat16, and no weight comes near its 65504)."""
     save_file({public_name(name): p.detach().half() for name, p in weights.items()}, out / "model.safetensors", metadata={"format": "pt"})
     fields = {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"], "pad_token_id": PAD, "eos_token_id": EOS, "decoder_start_token_id": PAD}
-    sizes = {key: value for key, value in asdict(config).items() if key != "attention"} | {"dropout_rate": 0.1}  # for fine-tuning
+    sizes = {key: value for key, value in asdict(config).items() if key not in RUN_TIME} | {"dropout_rate": 0.1}  # for fine-tuning
     (out / "config.json").write_text(json.dumps(fields | sizes, indent=2) + "\n")
     shutil.copy(work / "spiece.model", out / "spiece.model")
     (out / "model.safetensors").chmod(0o644)
@@ -289,13 +289,13 @@ def report(log_file: Path, left: float, row: dict) -> None:
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path, nargs="+", required=True, metavar="FILE", help="reviews, see above")
-    parser.add_argument("--minutes", type=float, default=30, help="of pre-training in all; the step size falls to zero over them")
+    parser.add_argument("--minutes", type=float, default=80, help="of pre-training in all; the step size falls to zero over them")
     parser.add_argument("--work", type=Path, default=Path("nano-work"), help="what is kept between runs")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "nano")
     parser.add_argument("--resume", action="store_true", help="go on from the state in --work")
-    parser.add_argument("--span-batch", type=int, default=1344, help="source pieces in a step of a process, of span corruption")
-    parser.add_argument("--sentiment-batch", type=int, default=3072, help="the same, of crops with a label")
-    parser.add_argument("--label-share", type=float, default=0.25, help="what a crop is told by its review's label; the rest by the teacher")
+    parser.add_argument("--span-batch", type=int, default=2016, help="source pieces in a step of a process, of span corruption")
+    parser.add_argument("--sentiment-batch", type=int, default=2400, help="the same, of crops with a label")
+    parser.add_argument("--label-share", type=float, default=0.4, help="what a crop is told by its review's label; the rest by the teacher")
     parser.add_argument("--save-minutes", type=float, default=4, help="minutes between two saved states")
     parser.add_argument("--muon-lr", type=float, default=0.01)
     parser.add_argument("--adam-lr", type=float, default=2e-3)
@@ -386,10 +386,11 @@ def main(argv=None) -> None:
         rng = np.random.default_rng((1, step, dist.get_rank()))
         waiting = waiting or sentiment_batches(rng, packed, told, prompts, args.sentiment_batch, args.label_share)
         source, belief = waiting.pop()
-        span, span_pieces = span_loss(rng)
-        span.backward()
         sentiment, agreed = sentiment_loss(source, belief)
         sentiment.backward()
+        t5.embed.weight.grad = None  # word vectors learn from span corruption alone: what is positive is for the layers to know
+        span, span_pieces = span_loss(rng)
+        span.backward()
         optimizer.step(min(1, (step + 1) / 50) * (1 - seconds / (60 * args.minutes)))  # warm-up, then a straight line to zero
 
         pieces = processes * (span_pieces + source.numel())

@@ -1,6 +1,6 @@
 """SST-2 with the bundled backbone: run what the README's table shows, and rebuild the table from what was run.
 
-    python bench/sst2.py --data glue --jobs 2    # 4 variants x 3 seeds; one JSON per run in bench/sst2/, those that are there are kept
+    python bench/sst2.py --data glue --jobs 2    # 6 variants x 3 seeds; one JSON per run in bench/sst2/, those that are there are kept
     python bench/sst2.py                         # only print the table
 
 Small models use a core better than several: --jobs 2 makes two runs at a time, with one thread each.
@@ -21,6 +21,8 @@ VARIANTS = {
     "lst-random": ("LST, random start", ["--init", "random"]),
     "lst-shut": ("LST without ladders", ["--gates", "shut"]),
     "full": ("full fine-tuning", ["--method", "full"]),
+    "few-lst": ("LST, few rows", ["--max-train-rows", "4000"]),
+    "few-lst-shut": ("LST without ladders, few rows", ["--max-train-rows", "4000", "--gates", "shut"]),
 }
 SEEDS = (0, 1, 2)
 
@@ -40,7 +42,7 @@ def run(name: str, seed: int, data: str, threads: int) -> None:
 def table() -> str:
     lines = ["| | trained parameters | accuracy, mean ± deviation | each seed | minutes | peak memory |", "|---|---:|---:|---:|---:|---:|"]
     for name, (title, flags) in VARIANTS.items():
-        runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob(f"{name}-[0-9]*.json"))]
+        runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob(f"{name}-[0-9].json"))]
         if not runs:
             continue
         scores = [run["test"]["score"] for run in runs]
