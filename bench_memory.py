@@ -18,6 +18,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -119,7 +120,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     step.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the frozen backbone")
     step.add_argument("--as-authors", action="store_true", help="LoRA with the authors' biases, prompts from noise")
     step.add_argument("--device", choices=("meta", "cuda"), default="meta", help="cuda: also run each row and read CUDA's peak")
-    step.add_argument("--rounds", type=positive, default=5, help="timed rounds (default 5)")
+    step.add_argument("--rounds", type=positive, default=3, help="of --time, two timed steps each (default 3)")
     files = parser.add_argument_group("files")
     files.add_argument("--json", help="also write what was found to this file")
     files.add_argument("--plot", help="also draw it, as SVG; for tables and --sweep")
@@ -409,32 +410,42 @@ def step_of(net: nn.Module, batch: account.Batch) -> Callable[[], None]:
 
 
 def show_seconds(args: argparse.Namespace) -> list[dict]:
-    """Median seconds of steps, taken in turns in one process; before each timed step runs one of its kind that is not timed."""
+    """Median seconds of steps, taken in turns in one process: in each round four of a kind, of which the last two are timed."""
     model = args.model or "t5-base"
     keep = None if args.keep in (None, "all") else args.keep
     lst = Case("lst", model, args.r, keep, 0, args.attention, False, batch=args.batch)
-    batch, net, thrifty = account.make_batch(*args.batch, 32100), lst.build(), replace(lst, checkpoint=True).build()
+    batch, net, lora, full = account.make_batch(*args.batch, 32100), lst.build(), replace(lst, method="lora").build(), replace(lst, method="full").build()
+    plain = {"LST": step_of(net, batch), "LoRA": step_of(lora, batch), "full fine-tuning": step_of(full, batch)}
 
     def forward() -> None:
         with torch.no_grad():
             account.loss_of(net.backbone, batch)
 
-    runs = {"backbone forward, no dropout": forward, "LST": step_of(net, batch), "full fine-tuning": step_of(replace(lst, method="full").build(), batch),
-            "LST + checkpointing": step_of(thrifty, batch), "LoRA + checkpointing": step_of(replace(lst, method="lora", checkpoint=True).build(), batch)}
+    def checkpointing(name: str) -> None:
+        stacks = [stack for model in (net, lora, full) for stack in (model.encoder, model.decoder)]
+        for stack in stacks:
+            stack.checkpoint = True
+        plain[name]()
+        for stack in stacks:
+            stack.checkpoint = False
+
+    runs = {"backbone forward, no dropout": forward, **plain, **{f"{name} + checkpointing": partial(checkpointing, name) for name in plain}}
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     progress = Progress("steps", args.rounds * len(runs))
     for _ in range(args.rounds):
         for name, run in runs.items():
             run()
-            start = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - start)
-            progress.step(sum(map(len, seconds.values())), name)
+            run()  # until memory has settled, as it has in training
+            for _ in range(2):
+                start = time.perf_counter()
+                run()
+                seconds[name].append(time.perf_counter() - start)
+            progress.step(sum(map(len, seconds.values())) // 2, name)
     middle = {name: statistics.median(values) for name, values in seconds.items()}
     print(f"\n{model}'s sizes, random weights, batch {args.batch[0]}, source {args.batch[1]}, target {args.batch[2]}, fp32, {args.attention} attention, "
-          f"LST: r = {args.r}, {len(keep) if keep else 'all'} layers\n{hardware('cpu')}, torch {torch.__version__}, median of {args.rounds} rounds (fastest, slowest)\n")
+          f"LST: r = {args.r}, {len(keep) if keep else 'all'} layers\n{hardware('cpu')}, torch {torch.__version__}, median of {2 * args.rounds} steps (fastest, slowest)\n")
     for name, values in seconds.items():
-        print(f"{name:30}{middle[name]:7.3f} s  ({min(values):.3f}, {max(values):.3f})  {'█' * round(50 * middle[name] / max(middle.values()))}")
+        print(f"{name:34}{middle[name]:7.3f} s  ({min(values):.3f}, {max(values):.3f})  {'█' * round(50 * middle[name] / max(middle.values()))}")
     print()
     for one, other in (("LST", "full fine-tuning"), ("LST", "backbone forward, no dropout"), ("LST + checkpointing", "LoRA + checkpointing")):
         print(f"{one} takes {middle[one] / middle[other]:.2f} of {other}")

@@ -214,7 +214,7 @@ def test_time_measures_each_step_and_prints_their_ratios(tiny, capsys):
     for row in rows:
         assert 0 < row["fastest"] <= row["seconds"] <= row["slowest"]
     seconds, text = {row["method"]: row["seconds"] for row in rows}, capsys.readouterr().out
-    assert len(seconds) == 5
+    assert len(seconds) == 7
     printed = re.findall(r"^(.+) takes ([\d.]+) of (.+)$", text, re.MULTILINE)
     assert len(printed) == 3
     for one, ratio, other in printed:
