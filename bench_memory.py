@@ -247,9 +247,9 @@ def transformer_ratio() -> float:
 
 # ---------------------------------------------------------------------------------------------------------------- tables
 
-def count(todo: list[Case], args: argparse.Namespace, conventions: Sequence[str] = ()) -> list[dict]:
-    rows, progress = [], Progress("accounts", len(todo))
-    for done, case in enumerate(todo, 1):
+def count(wanted: list[Case], args: argparse.Namespace, conventions: Sequence[str] = ()) -> list[dict]:
+    rows, progress = [], Progress("accounts", len(wanted))
+    for done, case in enumerate(wanted, 1):
         rows.append(case.account(conventions))
         with torch.device("meta"):
             rows[-1]["flops"] = account.flops(case.build(), account.make_batch(*case.batch, 32100))
@@ -367,9 +367,9 @@ def show_sweep(args: argparse.Namespace) -> list[dict]:
 
 def show_fits(args: argparse.Namespace) -> list[dict]:
     """The largest batch whose step stays within the card, by bisection on the account."""
-    limit, rows, todo = args.fits * 2**30, [], cases(args)
-    progress = Progress("methods", len(todo))
-    for done, case in enumerate(todo, 1):
+    limit, rows, wanted = args.fits * 2**30, [], cases(args)
+    progress = Progress("methods", len(wanted))
+    for done, case in enumerate(wanted, 1):
         def fits(B: int) -> bool:
             with torch.device("meta"):
                 batch = (B, *case.batch[1:])
@@ -456,16 +456,16 @@ def show_seconds(args: argparse.Namespace) -> list[dict]:
 
 def show_tables(args: argparse.Namespace) -> dict:
     conventions = list(account.CONVENTIONS) if args.as_published else []
-    todo = cases(args)
+    wanted = cases(args)
     if args.as_published:
-        todo = [replace(case, as_authors=True) for case in todo]
+        wanted = [replace(case, as_authors=True) for case in wanted]
     story = not any((args.as_published, args.model, args.method, args.checkpoint, args.freeze, args.keep, args.device == "cuda")) and args.dtype == "fp32"
     result = {"section_3_1": show_section_3_1(r=args.r)} if story else {}
     if story:
-        todo += [replace(case, checkpoint=True) for case in todo if case.method in ("full", "lora", "lst") and case.model == "t5-base"]
+        wanted += [replace(case, checkpoint=True) for case in wanted if case.method in ("full", "lora", "lst") and case.model == "t5-base"]
     B, S, T = args.batch
-    rows = count(todo, args, conventions)
-    usual = "Table 1" if all(case.batch == (100, 128, 2) for case in todo) and not (args.model or args.method or args.freeze or args.keep) else "training steps"
+    rows = count(wanted, args, conventions)
+    usual = "Table 1" if args.batch == (100, 128, 2) and not (args.model or args.method or args.freeze or args.keep) else "training steps"
     print(f"\n{usual}{' as published' * args.as_published}: batch {B}, source {S}, target {T}, {args.attention} attention, {args.dtype}; inference at batch 1\n")
     show(rows)
     draw(rows, args.plot, f"Peak of a training step, batch {B}, source {S}, {args.attention} attention, units of 1000 MiB; mark: the paper")

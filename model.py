@@ -134,7 +134,7 @@ class Dropout(nn.Dropout):
 
 
 class DroppedSoftmax(torch.autograd.Function):
-    """dropout(softmax(scores)) over the last dimension, without keeping dropout's mask (arXiv:2205.14135, App. B.2).
+    """dropout(softmax(scores)) over the last dimension, without keeping dropout's mask (as in arXiv:2205.14135, App. B).
 
     With w = softmax(scores), y = dropout(w) and g the gradient of y, the gradient of scores is g y - w sum(g y).
     """

@@ -57,7 +57,9 @@ def layers(text: str) -> list[int]:
 
 
 def whole(text: str) -> int:
-    return 0 if text == "0" else positive(text)
+    if not (text.isascii() and text.isdecimal()) or int(text[:12]) > 10**9:
+        raise argparse.ArgumentTypeError(f"{text[:20]!r} is not a whole number from 0 to 10^9")
+    return int(text)
 
 
 class Progress:

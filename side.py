@@ -96,6 +96,7 @@ class SideStack(Stack):
         return self.finish(h_side), h_backbone
 
     def rung(self, j: int, h_side: Tensor, h_backbone: Tensor, *rest) -> Tensor:
+        """Rung j and the block behind it, (B, S, d) and (B, S, D) -> (B, S, d); checkpointing keeps these two inputs alone."""
         return self.blocks[j](self.ladders[j](h_side, h_backbone), *rest)
 
 
