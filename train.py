@@ -2,109 +2,44 @@
 
     python train.py --task sst2                                        # the bundled backbone, minutes on a laptop
     python train.py --task rte --model t5-base --keep 1,2,3,5,6,7,9,10,11    # Table 1's LST row
+    python train.py --task glue --seeds 0,1,2 --model t5-base --keep 1,2,3,5,6,7,9,10,11 --out table1 --resume    # the whole row, go on if cut off
     python train.py --task rte --model t5-base --method lora
+    torchrun --nproc-per-node 4 train.py --task mnli --model t5-large
     python train.py --out runs/sst2-lst-0 --predict "a gripping , beautifully acted film"
 
-A run's folder holds config.json, metrics.jsonl, results.json and trained.safetensors (what was trained, and nothing else).
+A run's folder holds config.json, metrics.jsonl, results.json and trained.safetensors (what was trained, and nothing else); of several
+runs each has a folder in it, beside their results.json and results.md.
 """
 import argparse
+import contextlib
 import json
 import math
+import os
+import random
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import baselines
+import checkpoint
 import data
+import distributed
 import metrics
 import prune
 import report
-from checkpoint import check_folder, load_trained, make_folder, read_config, save_trained, sha256_of_backbone, trainable, write_json
-from model import PUBLIC, T5, Tokenizer, load_t5, load_tokenizer
-from report import Parser, guarded, layers, positive, say, whole
+from checkpoint import Position, load_trained, read_config, save_trained, sha256_of_backbone, trainable, write_json
+from model import T5, Tokenizer, load_t5, load_tokenizer
+from options import DTYPES, METHODS, PROMPTS, parse, settle
+from report import guarded, say
 from side import LadderT5
 
-METHODS = ("lst", *baselines.METHODS)
-PROMPTS = ("paper", "t5")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # load_t5 refuses fp16 and says why
-SETTINGS = {  # Sec. 4 and Table 5; what the command line leaves open, beside the task's epochs (10, or 20 for the small tasks)
-    "lst": {"lr": 3e-3, "batch_size": 100, "warmup_steps": 500},
-    **{method: {"lr": 3e-4, "batch_size": 100, "warmup_steps": 500} for method in ("full", "adapters", "lora", "bitfit")},
-    "prompt": {"lr": 3e-1, "batch_size": 100, "warmup_steps": 500},
-}
-NANO_SETTINGS = {"warmup_steps": 60}  # of 664 steps on SST-2
 MAX_NEW_TOKENS = 20  # of a generated answer
-
-
-# ------------------------------------------------------------------------------------------------------------- arguments
-
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(__doc__)
-    what = parser.add_argument_group("what to train")
-    what.add_argument("--task", choices=data.TASKS, help="the GLUE task")
-    what.add_argument("--model", default="nano", help=f"frozen backbone: nano (bundled, the default), {', '.join(PUBLIC)}, or a folder")
-    what.add_argument("--method", default="lst", choices=METHODS, help="lst: the ladder side network (default); the others: baselines.py")
-    what.add_argument("--data", help="folder of the official GLUE folders, or `sample` for the bundled sentences; default: download")
-    what.add_argument("--prompts", default="paper", choices=PROMPTS, help="the authors' prompts with digits as answers (default), or T5's with words")
-    what.add_argument("--max-train-rows", type=positive, help="use only the first so many training rows")
-    ladder = parser.add_argument_group("the ladder (Sec. 3)")
-    ladder.add_argument("--r", type=positive, default=8, help="reduction factor (default 8)")
-    ladder.add_argument("--keep", type=layers, help="0-based layers kept in side encoder and decoder, e.g. 1,3,5 (default: all)")
-    ladder.add_argument("--init", default="fisher", choices=("fisher", "magnitude", "random"), help="importance for the initial weights (default fisher)")
-    ladder.add_argument("--prune", default="published", choices=("published", "aligned"), help="how rows are chosen (default published)")
-    ladder.add_argument("--fisher-samples", type=positive, default=1024, help="training rows for the Fisher information (default 1024)")
-    ladder.add_argument("--gates", default="learned", choices=("learned", "shut"), help="shut: mu = 0, no ladders")
-    baseline = parser.add_argument_group("the other methods (Sec. 4)")
-    baseline.add_argument("--as-authors", action="store_true", help="the authors' reading of lora (biases beside it) and prompt (starts from noise)")
-    baseline.add_argument("--freeze", type=whole, default=0, help="lowest layers left as they are, the encoder's first (default 0)")
-    run = parser.add_argument_group("the run (defaults depend on model, method and task; they are printed at the start)")
-    run.add_argument("--epochs", type=positive)
-    run.add_argument("--max-steps", type=positive, help="stop after so many steps")
-    run.add_argument("--batch-size", type=positive)
-    run.add_argument("--lr", type=float, help="peak learning rate")
-    run.add_argument("--warmup-steps", type=whole)
-    run.add_argument("--seed", type=whole, default=0)
-    run.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    run.add_argument("--dtype", default="fp32", help="of the frozen backbone: fp32 (default) or bf16")
-    run.add_argument("--checkpoint", action="store_true", help="less memory, more time: backward computes each layer again")
-    files = parser.add_argument_group("files")
-    files.add_argument("--out", help="the run's folder (default: a new one, runs/<task>-<method>-<number>)")
-    files.add_argument("--overwrite", action="store_true", help="allow --out to name a folder that is not empty")
-    files.add_argument("--predict", metavar="TEXT", help="answer for one input with the run in --out; for tasks on pairs: \"A | B\"")
-    args = parser.parse_args(argv)
-    if args.predict is not None and not args.out:
-        parser.error("--predict needs --out, the folder of a run that has ended")
-    if args.predict is None and not args.task:
-        parser.error(f"--task is missing: choose from {', '.join(data.TASKS)}")
-    shaped = [name for name in ("r", "keep", "init", "prune", "fisher_samples", "gates") if getattr(args, name) != parser.get_default(name)]
-    if args.method != "lst" and shaped:
-        parser.error(f"--{', --'.join(shaped).replace('_', '-')}: the side network's shape, and --method {args.method} has none; leave it out")
-    if args.method == "lst" and args.freeze:
-        parser.error("--freeze is for the other methods: --method lst freezes the whole backbone; use --keep to leave out side layers")
-    if args.as_authors and args.method not in ("lora", "prompt"):
-        parser.error(f"--as-authors has no other reading of --method {args.method}, only of lora and prompt")
-    return args
-
-
-def settle(args: argparse.Namespace, rows: int, sample: bool) -> None:
-    """Fill in what the command line left open, for this many training rows."""
-    settings = {"epochs": data.TASKS[args.task].epochs, **SETTINGS[args.method]}
-    if args.model == "nano":
-        settings |= NANO_SETTINGS | ({"epochs": 1} if rows > 30_000 else {})  # Paper: 10 epochs of the large tasks; ours is done in minutes
-    if sample:  # more epochs learn its grammar, not reviews
-        settings |= {"epochs": 5, "warmup_steps": None}
-    for name, value in settings.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    args.steps = min(args.max_steps or math.inf, args.epochs * math.ceil(rows / args.batch_size))
-    if args.warmup_steps is None:
-        args.warmup_steps = args.steps // 10
-    if not (args.lr > 0 and math.isfinite(args.lr)):
-        raise ValueError(f"lr is {args.lr}, it must be a finite number above 0")
+NO_CONFIG = ("out", "overwrite", "resume", "predict", "save_steps", "seeds", "command")  # may differ when a run goes on
 
 
 # ----------------------------------------------------------------------------------------------------------------- model
@@ -147,9 +82,32 @@ def to_device(batch: data.Batch, device: str) -> data.Batch:
 
 
 def loss_of(model: nn.Module, batch: data.Batch) -> Tensor:
-    """Mean cross-entropy over the label tokens of the batch."""
+    """Cross-entropy, summed over the label tokens of the batch."""
     logits = model(batch.source_ids, batch.source_mask, batch.decoder_ids, batch.decoder_mask)  # (B, T, V)
-    return F.cross_entropy(logits.flatten(0, 1).float(), batch.labels.flatten(), ignore_index=-100)
+    return F.cross_entropy(logits.flatten(0, 1).float(), batch.labels.flatten(), ignore_index=-100, reduction="sum")
+
+
+def backward(model: nn.Module, rows: list[data.Encoded], args: argparse.Namespace) -> Tensor:
+    """The batch's mean cross-entropy over its label tokens, and the gradient.  Of a batch this process takes its share of the rows, in
+    --accumulate passes; each counts by its label tokens, so the sum over passes and processes is the mean of the undivided batch."""
+    first, parts = distributed.rank() * args.accumulate, distributed.processes() * args.accumulate
+    tokens, loss = sum(len(target) for _, target in rows), torch.zeros((), device=args.device)
+    for part in range(first, first + args.accumulate):
+        weight = (part < len(rows)) / tokens  # the last batch of an epoch may have fewer rows than parts: then one row counts nothing
+        batch = to_device(data.collate(rows[part::parts] or rows[:1]), args.device)
+        with distributed.sent_later(model) if part + 1 < first + args.accumulate else contextlib.nullcontext():
+            share = loss_of(model, batch) * weight
+            (share * distributed.processes()).backward()  # DistributedDataParallel takes the mean over the processes
+        loss += share.detach()
+    return loss
+
+
+def seed_everything(*numbers: int) -> None:
+    """Every generator a function of (seed, step, process): a resumed run draws the same dropout without having saved any state."""
+    python, numpy, torchs = np.random.SeedSequence(numbers).generate_state(3, np.uint32).tolist()
+    random.seed(python)
+    np.random.seed(numpy)
+    torch.manual_seed(torchs)  # of the CPU and of every GPU
 
 
 def learning_rate(step: int, peak: float, warmup: int, total: int) -> float:
@@ -158,18 +116,19 @@ def learning_rate(step: int, peak: float, warmup: int, total: int) -> float:
 
 
 def evaluate(model: nn.Module, tokenizer: Tokenizer, args: argparse.Namespace, examples: list[data.Example]) -> dict:
-    """Greedy answers -> the task's metrics in percent."""
-    encoded, answers = data.encode(examples, tokenizer), [None] * len(examples)
+    """Greedy answers -> the task's metrics in percent.  Each process answers its share."""
+    encoded, answers = data.encode(examples, tokenizer), {}
     was_training = model.training
     model.eval()
-    for rows in data.in_order(encoded, args.batch_size):
+    for rows in data.in_order(encoded, args.batch_size)[distributed.rank()::distributed.processes()]:
         batch = to_device(data.collate([encoded[i] for i in rows]), args.device)
         for i, ids in zip(rows, model.generate(batch.source_ids, batch.source_mask, MAX_NEW_TOKENS).tolist()):
             answers[i] = data.read_answer(args.task, tokenizer.decode(ids), args.prompts)
     model.train(was_training)
-    if len(set(answers)) == 1 and len(set(e.label for e in examples)) > 1:
+    answers = distributed.gather(answers)
+    if len(set(answers.values())) == 1 and len(set(e.label for e in examples)) > 1:
         say(f"warning: every answer is {answers[0]!r}: the model has learned nothing yet, or the learning rate {args.lr} is too high")
-    return metrics.glue_score(args.task, answers, [example.label for example in examples])
+    return metrics.glue_score(args.task, [answers[i] for i in range(len(examples))], [example.label for example in examples])
 
 
 def load(folder: str | Path, device: str = "cpu") -> tuple[nn.Module, Tokenizer]:
@@ -200,10 +159,11 @@ def predict(args: argparse.Namespace) -> dict:
     return {"text": text, "label": label}
 
 
-def train(args: argparse.Namespace) -> dict:
+def train(args: argparse.Namespace, out: Path) -> dict:
+    """One run in the folder `out`, from the arguments to what results.json holds."""
     start = time.time()
-    torch.manual_seed(args.seed)
-    check_folder(args.out, args.overwrite)
+    seed_everything(args.seed)
+    torch.use_deterministic_algorithms(args.deterministic)
 
     # model: the frozen backbone and what is trained
     model, tokenizer = build(args), load_tokenizer(args.model)
@@ -225,85 +185,160 @@ def train(args: argparse.Namespace) -> dict:
     say(f"{args.task} ({dataset.name}): {len(rows):,} training, {len(dataset.val):,} validation, {len(dataset.test):,} test rows"
         + (f", {dataset.skipped} skipped" if dataset.skipped else ""))
     say(f"{args.epochs} epoch{'s' * (args.epochs > 1)}, {args.steps} steps of {args.batch_size} rows, peak learning rate {args.lr:g} after {args.warmup_steps} steps, "
-        f"seed {args.seed}, {report.hardware(args.device)}")
-    if args.method == "lst":
-        initialize(model, args, rows)
-    if args.device.startswith("cuda"):
-        torch.cuda.reset_peak_memory_stats(args.device)  # training's peak, as in the paper; a process's peak has the Fisher pass in it
+        f"seed {args.seed}, {report.hardware(args.device)}" + (f", {distributed.processes()} processes" if distributed.processes() > 1 else ""))
 
-    config = {name: value for name, value in vars(args).items() if name not in ("out", "overwrite", "predict")}
+    # what was asked for; a run that goes on is asked for the same
+    config = {name: value for name, value in vars(args).items() if name not in NO_CONFIG} | {"processes": distributed.processes()}
     if args.model != "nano" and Path(args.model).is_dir():
         config["model"] = str(Path(args.model).resolve())
     config |= {"backbone_sha256": sha256_of_backbone(args.model), "data_sha256": dataset.sha256}
-    out = make_folder(args.out, args.task, args.method)
-    write_json(out / "config.json", config)
+    about = {"command": args.command, "versions": report.versions(), "hardware": report.hardware(args.device)}
+    there = distributed.agree([name for name in checkpoint.FILES if args.resume and (out / name).exists()])
+    if "config.json" in there:
+        checkpoint.check_same(out, config)
+    if "results.json" in there:
+        say(f"the run in {out} has ended, nothing is left to do")
+        return checkpoint.read_json(out / "results.json")
 
-    # optimizer
-    parameters = list(trainable(model).values())
-    optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0, fused=True)
+    # where it begins
+    optimizer = torch.optim.AdamW(trainable(model).values(), lr=args.lr, weight_decay=0.0, fused=True)
+    at = Position(began=start)
+    if "state.safetensors" in there:
+        at = checkpoint.load_state(out, model, optimizer)
+        at.began = start - at.seconds
+        say(f"goes on after step {at.step} of {args.steps}")
+    elif args.method == "lst":
+        initialize(model, args, rows)
+    if distributed.rank() == 0 and "config.json" not in there:
+        checkpoint.clear(out)
+        write_json(out / "config.json", config | about)
 
-    # the loop
-    step, best, progress, loop_start = 0, None, report.Progress("step", args.steps), time.time()
-    log = open(out / "metrics.jsonl", "w", encoding="utf-8", buffering=1)
+    report.reset_peak(args.device)  # training's peak, as in the paper, without the Fisher pass
     try:
-        for epoch in range(args.epochs):
-            model.train()
-            for indices in data.batches(rows, args.batch_size, args.seed, epoch)[: args.steps - step]:
-                batch = to_device(data.collate([rows[i] for i in indices]), args.device)
-                lr = learning_rate(step, args.lr, args.warmup_steps, args.steps)
-                for group in optimizer.param_groups:
-                    group["lr"] = lr
-                loss = loss_of(model, batch)
-                loss.backward()
-                norm = nn.utils.clip_grad_norm_(parameters, 1.0)
-                if not (loss.isfinite() and norm.isfinite()):
-                    raise FloatingPointError(f"step {step + 1} at learning rate {lr:.2e} has loss {loss.item()} and gradient norm {norm.item()}; try a lower --lr")
-                optimizer.step()
-                optimizer.zero_grad()
-                step += 1
-
-                rate, peak = step * args.batch_size / (time.time() - loop_start), report.peak_memory(args.device)[0] / 2**20
-                progress.step(step, f"epoch {epoch + 1}  loss {loss.item():.4f}  {rate:.0f} examples/s  peak {peak:.0f} MiB")
-                log.write(json.dumps({"step": step, "epoch": epoch + 1, "loss": loss.item(), "lr": lr, "seconds": round(time.time() - start, 2)}) + "\n")
-            val = evaluate(model, tokenizer, args, dataset.val)
-            say(f"epoch {epoch + 1}: validation {report.scores(val)}")
-            log.write(json.dumps({"step": step, "epoch": epoch + 1, "val": val}) + "\n")
-            if best is None or val["score"] > best["val"]["score"]:
-                best = {"epoch": epoch + 1, "val": val}
-                save_trained(out, model, config)
-            if step == args.steps:
-                break
+        fit(args, model, optimizer, tokenizer, rows, dataset.val, out, config, at)
         load_trained(out, model)  # the best epoch
         test = evaluate(model, tokenizer, args, dataset.test)
     except (KeyboardInterrupt, FloatingPointError):
-        say(f"\nstopped after {step} of {args.steps} steps; " + (
-            f"epoch {best['epoch']} (validation {best['val']['score']:.2f}) is kept in {out}" if best else "no epoch had ended, no weights were kept"))
+        say(f"\nstopped after {at.step} of {args.steps} steps; " + (f"epoch {at.best['epoch']} (validation {at.best['val']['score']:.2f}) is kept in {out}"
+                                                                   if at.best else "no epoch had ended, no weights were kept"))
         raise
-    finally:
-        log.close()
-
     peak, kind = report.peak_memory(args.device)
     results = {
         "task": args.task, "model": config["model"], "method": args.method, "data": dataset.name, "seed": args.seed,
         "trainable_params": count, "total_params": total, "trainable_percent": 100 * count / total,
-        "steps": step, "best_epoch": best["epoch"], "seconds": round(time.time() - start, 1), "peak_memory_bytes": peak, "peak_memory_kind": kind,
-        "val": best["val"], "test": test, "fallback": dataset.fallback, "skipped_rows": dataset.skipped,
-        "hardware": report.hardware(args.device), "torch": torch.__version__, "config": config,
+        "steps": at.step, "best_epoch": at.best["epoch"], "seconds": round(time.time() - at.began, 1), "peak_memory_bytes": max(peak, at.peak),
+        "peak_memory_kind": kind, "val": at.best["val"], "test": test, "fallback": dataset.fallback, "skipped_rows": dataset.skipped, **about, "config": config,
     }
     if args.method == "lst":
         results["gates"] = {name: [rung.mu.item() for rung in getattr(model, name).ladders] for name in ("encoder", "decoder")}
-    write_json(out / "results.json", results)
-    if args.method == "lst":
         say(report.gates(model))
-    say(f"test {report.scores(test)}  (epoch {best['epoch']}, the best on validation)")
-    say(f"{results['seconds'] / 60:.1f} minutes, {kind} memory {peak / 2**20:.0f} MiB, saved in {out}")
+    say(f"test {report.scores(test)}  (epoch {at.best['epoch']}, the best on validation)")
+    say(f"{results['seconds'] / 60:.1f} minutes, {kind} memory {results['peak_memory_bytes'] / 2**20:.0f} MiB, saved in {out}")
+    if distributed.rank() == 0:
+        write_json(out / "results.json", results)
+        (out / "state.safetensors").unlink(missing_ok=True)
+    return results
+
+
+def fit(args: argparse.Namespace, model: nn.Module, optimizer: torch.optim.Optimizer, tokenizer: Tokenizer, rows: list[data.Encoded],
+        val: list[data.Example], out: Path, config: dict, at: Position) -> None:
+    """The plain loop, from position `at` to the last step; the best epoch on validation is kept in `out`."""
+    writes, parameters, replica = distributed.rank() == 0, list(trainable(model).values()), distributed.wrap(model)
+    log = open(out / "metrics.jsonl" if writes else os.devnull, "a", encoding="utf-8", buffering=1)
+    if writes:
+        log.truncate(at.log)
+    epoch_steps, first_step, start = math.ceil(len(rows) / args.batch_size), at.step, time.time()
+    progress = report.Progress("step", args.steps, first_step)
+
+    def save() -> None:
+        if writes:
+            os.fsync(log.fileno())
+            at.log, at.seconds, at.peak = os.path.getsize(log.name), time.time() - at.began, max(at.peak, report.peak_memory(args.device)[0])
+            checkpoint.save_state(out, model, optimizer, at)
+
+    with log, report.asked_to_stop() as asked:
+        for epoch in range(at.epochs, math.ceil(args.steps / epoch_steps)):
+            model.train()
+            for indices in data.batches(rows, args.batch_size, args.seed, epoch)[at.step - epoch * epoch_steps : args.steps - epoch * epoch_steps]:
+                seed_everything(args.seed, at.step, distributed.rank())
+                lr = learning_rate(at.step, args.lr, args.warmup_steps, args.steps)
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
+                loss = backward(replica, [rows[i] for i in indices], args)
+                norm = nn.utils.clip_grad_norm_(parameters, 1.0)
+                loss, stop = distributed.total(torch.stack([loss, torch.full_like(loss, len(asked))])).tolist()  # one asked to stop, all stop
+                if not (math.isfinite(loss) and norm.isfinite()):
+                    raise FloatingPointError(f"step {at.step + 1} at learning rate {lr:.2e} has loss {loss} and gradient norm {norm.item()}; try a lower --lr")
+                optimizer.step()
+                optimizer.zero_grad()
+                at.step += 1
+
+                rate, peak = (at.step - first_step) * args.batch_size / (time.time() - start), report.peak_memory(args.device)[0] / 2**20
+                progress.step(at.step, f"epoch {epoch + 1}  loss {loss:.4f}  {rate:.0f} examples/s  peak {peak:.0f} MiB")
+                log.write(json.dumps({"step": at.step, "epoch": epoch + 1, "loss": loss, "lr": lr, "seconds": round(time.time() - at.began, 2)}) + "\n")
+                if stop or at.step % args.save_steps == 0 or at.step in (args.steps, (epoch + 1) * epoch_steps):
+                    save()
+                if stop:
+                    raise KeyboardInterrupt(*asked)
+            result = evaluate(model, tokenizer, args, val)
+            say(f"epoch {epoch + 1}: validation {report.scores(result)}")
+            log.write(json.dumps({"step": at.step, "epoch": epoch + 1, "val": result}) + "\n")
+            if at.best is None or result["score"] > at.best["val"]["score"]:
+                at.best = {"epoch": epoch + 1, "val": result}
+                if writes:
+                    save_trained(out, model, config)
+            at.epochs = epoch + 1
+            save()
+    distributed.wait()
+
+
+def several(args: argparse.Namespace, out: Path) -> dict:
+    """A run for each task and seed, and their table, which is written anew after each."""
+    config, runs = {"task": args.task, "seeds": args.seeds}, []
+    if args.resume and (out / "config.json").exists():
+        checkpoint.check_same(out, config)
+    elif distributed.rank() == 0:
+        write_json(out / "config.json", config | {"command": args.command})
+    for task in args.task:
+        for seed in args.seeds:
+            say(f"\n{task}, seed {seed}: run {len(runs) + 1} of {len(args.task) * len(args.seeds)}")
+            folder = out / f"{task}-{seed}"
+            checkpoint.check_folder(folder, args.overwrite, args.resume)
+            with checkpoint.claim(folder, distributed.rank()):
+                runs.append(train(argparse.Namespace(**vars(args) | {"task": task, "seed": seed}), folder))
+            results = report.summary(runs) | {"command": args.command, "runs": runs}
+            table = report.table(runs, {name: task.folder for name, task in data.TASKS.items()})
+            if distributed.rank() == 0:
+                write_json(out / "results.json", results)
+                checkpoint.write_text(out / "results.md", table + "\n")
+    say(f"\n{table}\nsaved in {out}")
     return results
 
 
 def main(argv: Sequence[str] | None = None) -> dict:
     """Train, or --predict, as the command line says; returns what results.json holds.  Errors: report.guarded."""
-    args = parse(argv)
-    return guarded(lambda: predict(args) if args.predict is not None else train(args))
+    args = parse(argv, __doc__)
+
+    def run() -> dict:
+        if args.predict is not None:
+            return predict(args)
+        args.device = distributed.start(args.device)
+        many = len(args.task) * len(args.seeds) > 1
+        if distributed.rank() == 0:
+            checkpoint.check_folder(args.out, args.overwrite, args.resume)
+            args.out = args.out or checkpoint.new_folder(f"{args.task[0] if len(args.task) == 1 else 'glue'}-{args.method}")
+        out = Path(distributed.agree(args.out))
+        try:
+            with checkpoint.claim(out, distributed.rank()):
+                if many:
+                    return several(args, out)
+                return train(argparse.Namespace(**vars(args) | {"task": args.task[0], "seed": args.seeds[0]}), out)
+        except KeyboardInterrupt:
+            if out.exists():
+                say(f"to go on from the last step that was saved: the same command, with --resume --out {out}")
+            raise
+
+    return guarded(run)
 
 
 if __name__ == "__main__":

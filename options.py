@@ -1,0 +1,107 @@
+"""Every option of train.py, what may be combined with what, and what the paper takes where the command line is silent."""
+import argparse
+import math
+import shlex
+import sys
+from collections.abc import Sequence
+
+import torch
+
+import baselines
+import data
+from model import PUBLIC
+from report import Parser, layers, positive, seeds, whole
+
+METHODS = ("lst", *baselines.METHODS)
+PROMPTS = ("paper", "t5")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # load_t5 refuses fp16 and says why
+SETTINGS = {  # Sec. 4 and Table 5; what the command line leaves open, beside the task's epochs (10, or 20 for the small tasks)
+    "lst": {"lr": 3e-3, "batch_size": 100, "warmup_steps": 500},
+    **{method: {"lr": 3e-4, "batch_size": 100, "warmup_steps": 500} for method in ("full", "adapters", "lora", "bitfit")},
+    "prompt": {"lr": 3e-1, "batch_size": 100, "warmup_steps": 500},
+}
+NANO_SETTINGS = {"warmup_steps": 60}  # of 664 steps on SST-2
+
+
+def parse(argv: Sequence[str] | None, description: str) -> argparse.Namespace:
+    parser = Parser(description)
+    what = parser.add_argument_group("what to train")
+    what.add_argument("--task", type=tasks, help=f"one of {', '.join(data.TASKS)}; several as a list, all as `glue`")
+    what.add_argument("--model", default="nano", help=f"frozen backbone: nano (bundled, the default), {', '.join(PUBLIC)}, or a folder")
+    what.add_argument("--method", default="lst", choices=METHODS, help="lst: the ladder side network (default); the others: baselines.py")
+    what.add_argument("--data", help="folder of the official GLUE folders, or `sample` for the bundled sentences; default: download")
+    what.add_argument("--prompts", default="paper", choices=PROMPTS, help="the authors' prompts with digits as answers (default), or T5's with words")
+    what.add_argument("--max-train-rows", type=positive, help="use only the first so many training rows")
+    ladder = parser.add_argument_group("the ladder (Sec. 3)")
+    ladder.add_argument("--r", type=positive, default=8, help="reduction factor (default 8)")
+    ladder.add_argument("--keep", type=layers, help="0-based layers kept in side encoder and decoder, e.g. 1,3,5 (default: all)")
+    ladder.add_argument("--init", default="fisher", choices=("fisher", "magnitude", "random"), help="importance for the initial weights (default fisher)")
+    ladder.add_argument("--prune", default="published", choices=("published", "aligned"), help="how rows are chosen (default published)")
+    ladder.add_argument("--fisher-samples", type=positive, default=1024, help="training rows for the Fisher information (default 1024)")
+    ladder.add_argument("--gates", default="learned", choices=("learned", "shut"), help="shut: mu = 0, no ladders")
+    baseline = parser.add_argument_group("the other methods (Sec. 4)")
+    baseline.add_argument("--as-authors", action="store_true", help="the authors' reading of lora (biases beside it) and prompt (starts from noise)")
+    baseline.add_argument("--freeze", type=whole, default=0, help="lowest layers left as they are, the encoder's first (default 0)")
+    run = parser.add_argument_group("the run (defaults depend on model, method and task; they are printed at the start)")
+    run.add_argument("--epochs", type=positive)
+    run.add_argument("--max-steps", type=positive, help="stop after so many steps")
+    run.add_argument("--batch-size", type=positive, help="of all processes together")
+    run.add_argument("--accumulate", type=positive, default=1, help="passes that a batch is cut into: less memory, the same gradient")
+    run.add_argument("--lr", type=float, help="peak learning rate")
+    run.add_argument("--warmup-steps", type=whole)
+    run.add_argument("--seed", type=whole, default=0)
+    run.add_argument("--seeds", type=seeds, help="several runs, for mean and deviation: 0,1,2")
+    run.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    run.add_argument("--dtype", default="fp32", help="of the frozen backbone: fp32 (default) or bf16")
+    run.add_argument("--checkpoint", action="store_true", help="less memory, more time: backward computes each layer again")
+    run.add_argument("--deterministic", action="store_true", help="on CUDA too the same bits from the same seed; slower")
+    files = parser.add_argument_group("files")
+    files.add_argument("--out", help="the run's folder (default: a new one, runs/<task>-<method>-<number>)")
+    files.add_argument("--resume", action="store_true", help="go on with the run in --out, exactly; a run that has ended is left as it is")
+    files.add_argument("--save-steps", type=positive, default=200, help="steps after which all that a resume needs is saved (default 200)")
+    files.add_argument("--overwrite", action="store_true", help="allow --out to name a folder that is not empty")
+    files.add_argument("--predict", metavar="TEXT", help="answer for one input with the run in --out; for tasks on pairs: \"A | B\"")
+    args = parser.parse_args(argv)
+    if args.predict is not None and not args.out:
+        parser.error("--predict needs --out, the folder of a run that has ended")
+    if args.predict is None and not args.task:
+        parser.error(f"--task is missing: choose from {', '.join(data.TASKS)}")
+    shaped = [name for name in ("r", "keep", "init", "prune", "fisher_samples", "gates") if getattr(args, name) != parser.get_default(name)]
+    if args.method != "lst" and shaped:
+        parser.error(f"--{', --'.join(shaped).replace('_', '-')}: the side network's shape, and --method {args.method} has none; leave it out")
+    if args.method == "lst" and args.freeze:
+        parser.error("--freeze is for the other methods: --method lst freezes the whole backbone; use --keep to leave out side layers")
+    if args.as_authors and args.method not in ("lora", "prompt"):
+        parser.error(f"--as-authors has no other reading of --method {args.method}, only of lora and prompt")
+    if args.resume and (args.overwrite or not args.out):
+        parser.error("--resume goes on with the run in --out" + (", --overwrite begins anew: give one of them" if args.overwrite else ": name its folder"))
+    if args.seeds and args.seed:
+        parser.error("--seed and --seeds: give one of them")
+    args.seeds = args.seeds or [args.seed]
+    args.command = shlex.join(["python", "train.py", *(sys.argv[1:] if argv is None else argv)])
+    return args
+
+
+def tasks(text: str) -> list[str]:
+    names = list(data.TASKS) if text == "glue" else text.split(",")
+    for name in names:
+        if name not in data.TASKS or names.count(name) > 1:
+            raise argparse.ArgumentTypeError(f"{name[:20]!r} is no task or is there twice; choose from {', '.join(data.TASKS)}, or glue")
+    return names
+
+
+def settle(args: argparse.Namespace, rows: int, sample: bool) -> None:
+    """Fill in what the command line left open, for this many training rows."""
+    settings = {"epochs": data.TASKS[args.task].epochs, **SETTINGS[args.method]}
+    if args.model == "nano":
+        settings |= NANO_SETTINGS | ({"epochs": 1} if rows > 30_000 else {})  # Paper: 10 epochs of the large tasks; ours is done in minutes
+    if sample:  # more epochs learn its grammar, not reviews
+        settings |= {"epochs": 5, "warmup_steps": None}
+    for name, value in settings.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    args.steps = min(args.max_steps or math.inf, args.epochs * math.ceil(rows / args.batch_size))
+    if args.warmup_steps is None:
+        args.warmup_steps = args.steps // 10
+    if not (args.lr > 0 and math.isfinite(args.lr)):
+        raise ValueError(f"lr is {args.lr}, it must be a finite number above 0")
