@@ -41,7 +41,7 @@ def wrap(model: nn.Module) -> nn.Module:
         return model
     frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
-    return DistributedDataParallel(model, broadcast_buffers=False)
+    return DistributedDataParallel(model, forward_sync_buffers=False)
 
 
 def sent_later(model: nn.Module) -> contextlib.AbstractContextManager:

@@ -21,77 +21,13 @@ import data
 import prune
 import report
 import train
-from model import NANO, SENTINELS, T5, UNK, T5Config, load_t5, load_tokenizer, save_t5
+from model import NANO, SENTINELS, T5, T5Config, load_t5, save_t5
 from side import LadderT5
+from workshop import SENTENCES, WIDTHS, contents, logged, refused, without, write
 
 ROOT = Path(train.__file__).parent
-WIDTHS = dict(d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4)
-LABELS = {"good": 1, "fine": 1, "great": 1, "bad": 0, "poor": 0, "dull": 0}
-SENTENCES = [(f"{article} {word} {noun}", label) for article in ("a", "the", "one", "this") for word, label in LABELS.items()
-             for noun in ("film", "plot", "cast", "story")]
 needs_nano = pytest.mark.skipif(not (NANO / "model.safetensors").is_file(), reason="assets/nano is not there")
 needs_sample = pytest.mark.skipif(not (data.SAMPLE / "SST-2" / "train.tsv").is_file(), reason="assets/sample is not there")
-
-
-# -------------------------------------------------------------------------------------------------------------- workshop
-
-@pytest.fixture(scope="session")
-def backbone(tmp_path_factory):
-    """A folder with a tiny random T5 and a tokenizer that knows the words of SENTENCES and every label."""
-    folder = tmp_path_factory.mktemp("backbone")
-    labels = [word for task in data.TASKS.values() for word in task.words]
-    text = [f"{task} sentence: {sentence}" for task in data.TASKS for sentence, _ in SENTENCES]
-    text += [*labels, *"0123456789", "0.0 1.5 2.4", "sentence1: sentence2: question: question1: question2: premise: hypothesis:"] * 3
-    spm.SentencePieceTrainer.train(sentence_iterator=iter(text), model_prefix=str(folder / "spiece"), vocab_size=200, hard_vocab_limit=False,
-                                   character_coverage=1.0, pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2)
-    tokenizer = load_tokenizer(folder)
-    assert all(UNK not in tokenizer.encode(word) for word in [*labels, *"012"])
-    torch.manual_seed(0)
-    save_t5(T5(T5Config(vocab_size=tokenizer.vocab_size + 3, **WIDTHS)), folder)
-    return folder
-
-
-def write(path, *rows):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(row + "\n" for row in rows), encoding="utf-8")
-
-
-@pytest.fixture(scope="session")
-def glue(tmp_path_factory):
-    """A folder of GLUE folders: in each, the easy question whether a sentence has a good word."""
-    folder = tmp_path_factory.mktemp("glue")
-    for task in data.TASKS.values():
-        def row(sentence, label):
-            cells = {column: sentence for column in task.fields.values()}
-            cells[task.label] = task.words[label] if task.labels_are_words else str(label * 4.5 if task.name == "stsb" else label)
-            return "\t".join([cells.get(column, "-") for column in task.header or cells])
-        header = [] if task.header else ["\t".join([*task.fields.values(), task.label])]
-        if task.name == "mrpc":
-            header, rows = ["\t".join(["#1 ID", "#2 ID", header[0]])], [f"{i}\t{i}\t{row(*example)}" for i, example in enumerate(SENTENCES)]
-        else:
-            rows = [row(*example) for example in SENTENCES]
-        names = ("train.tsv", "dev.tsv") if task.name == "mrpc" else task.files
-        write(folder / task.folder / names[0], *header, *rows[::2], *rows[::2])
-        for name in names[1:]:
-            write(folder / task.folder / name, *header, *rows[1::4])
-    return folder
-
-
-@pytest.fixture
-def argv(backbone, glue, tmp_path):
-    """argv(*more): a command line of a run of a few steps into tmp_path/run; what `more` repeats, it replaces."""
-    def build(*more):
-        ladder = () if set(more) & set(baselines.METHODS) else ("--r", "4", "--init", "magnitude")
-        return ["--task", "sst2", "--model", str(backbone), "--data", str(glue), "--out", str(tmp_path / "run"), *ladder,
-                "--batch-size", "16", "--epochs", "1", "--max-train-rows", "32", "--warmup-steps", "1", "--device", "cpu", *map(str, more)]
-    return build
-
-
-def without(option, argv):
-    """The command line less this option and its value."""
-    return [part for before, part in zip([None, *argv], argv) if option not in (before, part)]
-
-
 LEARN = ("--epochs", 16, "--max-train-rows", 96, "--lr", "1e-2", "--warmup-steps", 10, "--batch-size", 8, "--init", "fisher", "--fisher-samples", 8)
 
 
@@ -102,26 +38,6 @@ def learned(backbone, glue, tmp_path_factory):
     results = train.main(["--task", "sst2", "--model", str(backbone), "--data", str(glue), "--out", str(out), "--r", "4", "--device", "cpu",
                           *map(str, LEARN)])
     return out, results
-
-
-def logged(out, key):
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [row[key] for row in rows if key in row]
-
-
-def contents(folder):
-    return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
-def refused(capsys, argv, *words, code=2):
-    """main(argv) ends with this exit code and one line on stderr that holds these words; gives the line."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        train.main(argv)
-    line = capsys.readouterr().err
-    assert stop.value.code == code and line.startswith("error: ") and line.count("\n") == 1, line
-    assert all(word in line for word in words), line
-    return line
 
 
 def calls(monkeypatch, name, on_call):
@@ -674,7 +590,12 @@ def test_without_out_each_run_has_its_own_folder(argv, tmp_path, monkeypatch):
 def test_runs_that_start_together_do_not_share_a_folder(argv, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     another = without("--out", argv("--max-steps", 1))
-    calls(monkeypatch, "initialize", lambda count, *_: train.main(another) and None if count == 1 else None)  # it starts while ours loads its data
+
+    def start_another(count, *_):  # while ours loads its data
+        if count == 1:
+            train.main(another)
+
+    calls(monkeypatch, "initialize", start_another)
     train.main(another)
     assert [(path / "results.json").is_file() for path in sorted((tmp_path / "runs").iterdir())] == [True, True]
 
