@@ -5,4 +5,4 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from workshop import argv, backbone, glue  # noqa: E402, F401  fixtures of all tests
+from workshop import argv, backbone, children, glue  # noqa: E402, F401  fixtures of all tests

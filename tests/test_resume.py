@@ -4,7 +4,6 @@ import contextlib
 import fcntl
 import json
 import multiprocessing
-import multiprocessing.forkserver
 import os
 import random
 import resource
@@ -23,22 +22,11 @@ import report
 import train
 from workshop import contents, refused, without
 
-ROOT = Path(train.__file__).parent
 SHAPE = ("--epochs", 3, "--max-train-rows", 40, "--batch-size", 8, "--save-steps", 2, "--init", "fisher", "--fisher-samples", 4)  # 15 steps, 11 saves
+pytestmark = pytest.mark.usefixtures("children")
 
 
 # -------------------------------------------------------------------------------------------------------------- workshop
-
-@pytest.fixture(scope="session", autouse=True)
-def processes():
-    """Children are forked from a process that has imported train and computed nothing: in a tenth of a second instead of three."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train"])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(ROOT))  # where it finds train
-        multiprocessing.forkserver.ensure_running()
-    return context
-
 
 def work(argv, die_at=None, largest_file=None):
     """What a child process does: the run; killed in the middle of the `number`-th call of os.<name>; with a disk that is soon full."""
@@ -364,7 +352,7 @@ def test_results_say_where_they_come_from(argv, tmp_path):
 def test_each_run_has_its_own_peak():
     if not report.HIGH_WATER[1].exists():
         pytest.skip("this system does not let a process begin a new peak")
-    del (held := [torch.ones(30 * 2**20)])[:]  # 120 MiB, written and freed
+    torch.ones(30 * 2**20)  # 120 MiB, written and freed
     high, _ = report.peak_memory("cpu")
     report.reset_peak("cpu")
     assert report.peak_memory("cpu")[0] < high - 60 * 2**20

@@ -1,6 +1,9 @@
 """What several tests share: a T5 of some ten thousand random weights, small GLUE folders, and command lines for them."""
 
 import json
+import multiprocessing
+import multiprocessing.forkserver
+from pathlib import Path
 
 import pytest
 import sentencepiece as spm
@@ -15,6 +18,16 @@ WIDTHS = dict(d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4)
 LABELS = {"good": 1, "fine": 1, "great": 1, "bad": 0, "poor": 0, "dull": 0}
 SENTENCES = [(f"{article} {word} {noun}", label) for article in ("a", "the", "one", "this") for word, label in LABELS.items()
              for noun in ("film", "plot", "cast", "story")]
+
+
+@pytest.fixture(scope="session")
+def children():
+    """Children are forked from a process that has imported train and computed nothing: in a tenth of a second instead of three."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(train.__file__).parent))  # where it finds train
+        multiprocessing.forkserver.ensure_running()
 
 
 @pytest.fixture(scope="session")
