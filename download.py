@@ -20,7 +20,7 @@ CHUNK = 1 << 18  # bytes
 
 
 class NotThere(ValueError):
-    """The server answers, but does not have the file (404): a caller may try another name."""
+    """The server answers, but does not have the file (404), or offline the cache does not: a caller may try another name."""
 
 
 def sha256_of(*paths: Path) -> str:
@@ -39,7 +39,11 @@ def one_at_a_time(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as lock:
         with contextlib.suppress(OSError):  # some network file systems have no locks; then a hash still catches a mix
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f"waiting for another run that downloads into {folder}", file=sys.stderr, flush=True)
+                fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
@@ -49,6 +53,7 @@ def download(url: str, path: Path, sha256: str | None = None, size: int | None =
 
     Until then the bytes are in `<path>.partial`. A cut download continues there if `sha256` is given: only a hash can tell that
     both halves belong to the same file. Raises NotThere on a 404, otherwise ValueError, each one line with the url.
+    `timeout` is for silence: a server that keeps sending is waited for, however slow, and `progress` tells how long.
     """
     _fetch(url, Path(path), sha256, size, headers, timeout, progress)
     return Path(path)
@@ -58,17 +63,20 @@ def hub_file(repo: str, filename: str, revision: str = "main", sha256: str | Non
     """Path of one file of a Hugging Face repository, from the cache or downloaded into it; errors as `download`.
 
     Layout: models--{org}--{name}/{refs/<revision>, snapshots/<commit>/<file>}, where huggingface_hub looks too.
-    HF_ENDPOINT, HF_HOME, HF_HUB_CACHE, HF_HUB_OFFLINE and HF_TOKEN mean what they mean there. `sha256` is for downloads only.
+    HF_ENDPOINT, HF_HOME, HF_HUB_CACHE, HF_HUB_OFFLINE, HF_TOKEN and XDG_CACHE_HOME mean what they mean there.
+    `sha256` is for downloads only.
     """
-    home = os.environ.get("HF_HOME") or "~/.cache/huggingface"
-    cache = Path(os.path.expanduser(os.environ.get("HF_HUB_CACHE") or f"{home}/hub")) / f"models--{repo.replace('/', '--')}"
-    ref = cache / "refs" / revision
-    commit = ref.read_text().strip() if ref.is_file() else revision
-    path = cache / "snapshots" / commit / filename
-    if path.is_file():
-        return path
+    home = os.environ.get("HF_HOME") or (os.environ.get("XDG_CACHE_HOME") or "~/.cache") + "/huggingface"
+    hub = Path(os.path.expanduser(os.environ.get("HF_HUB_CACHE") or f"{home}/hub"))
+    for name in (repo.rpartition("/")[2], repo):  # google-t5/t5-small was t5-small, and programs may still call it so
+        cache = hub / f"models--{name.replace('/', '--')}"
+        ref = cache / "refs" / revision
+        commit = ref.read_text().strip() if ref.is_file() else revision
+        path = cache / "snapshots" / commit / filename
+        if path.is_file():
+            return path
     if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
-        raise ValueError(f"{repo}/{filename} is not in {cache} and HF_HUB_OFFLINE is set; unset it or fill the cache")
+        raise NotThere(f"{repo}/{filename} is not in {cache} and HF_HUB_OFFLINE is set; unset it or fill the cache")
     endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
     url = f"{endpoint}/{repo}/resolve/{quote(commit, safe='')}/{quote(filename)}"
     headers = {"Authorization": f"Bearer {os.environ['HF_TOKEN']}"} if os.environ.get("HF_TOKEN") else {}
@@ -154,13 +162,18 @@ def _fetch(url: str, path: Path, sha256: str | None = None, size: int | None = N
             raise ValueError(f"{url} has sha256 {found} where {sha256} is expected; nothing was kept, try again or check the address")
         os.replace(partial, path)
     except HTTPError as error:
-        if error.code == 416 and start:  # the partial file is longer than the file: begin again
+        if error.code == 416 and start:  # nothing comes after the partial file: it is whole, or too long
+            if sha256_of(partial) == sha256:
+                os.replace(partial, path)
+                return redirects.commit or error.headers.get("X-Repo-Commit")
             partial.unlink()
             return _fetch(url, path, sha256, size, headers, timeout, progress)
         if error.code == 404:
             raise NotThere(f"{url} is not there (404); check the name") from error
-        hint = "if it needs a login, set HF_TOKEN" if error.code in (401, 403) else "try again later"
-        raise ValueError(f"{url} was refused ({error.code} {error.reason}); {hint}") from error
+        login = "check the address" if headers is None else "if it needs a login, set HF_TOKEN"  # the hub's files have headers
+        hint = login if error.code in (401, 403) else "try again later"
+        reason = " ".join(str(error.reason).split())  # a circle of redirects is told in several lines
+        raise ValueError(f"{url} was refused ({error.code} {reason}); {hint}") from error
     except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", None) or error
         what = str(reason) or type(error).__name__
@@ -173,7 +186,7 @@ def _copy(reply, file, name: str, total: int | None, progress: bool) -> None:
     terminal, first, began = sys.stderr.isatty(), file.tell(), time.monotonic()
     shown = began
     try:
-        while chunk := reply.read(CHUNK):
+        while chunk := reply.read1(CHUNK):  # read() would sit on what a slow server has sent, and lose it when the connection breaks
             file.write(chunk)
             now, done = time.monotonic(), file.tell()
             if progress and now - shown > (0.2 if terminal else 10):

@@ -27,6 +27,8 @@ class Handler(BaseHTTPRequestHandler):
             status = 403
         elif self.path == "/page":
             headers["Content-Type"] = "text/html; charset=utf-8"
+        elif self.path == "/circle":
+            status, body, headers = 302, b"", {"Location": "/circle"}
         elif self.path == "/redirect":
             status, body, headers = 302, b"", {"Location": self.server.other, "X-Repo-Commit": COMMIT}
         elif asked and self.path != "/no-range":
@@ -42,7 +44,12 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        self.wfile.write(body[:700] if self.path == "/cut" else body)
+        if self.path == "/slow":
+            for i in range(0, len(body), 128):
+                self.wfile.write(body[i:i + 128])
+                time.sleep(0.1)
+        else:
+            self.wfile.write(body[:700] if self.path == "/cut" else body)
 
     def log_message(self, *args):
         pass
@@ -115,6 +122,26 @@ def test_a_cut_download_continues_where_it_stopped(server, tmp_path):
     assert [headers.get("Range") for _, headers in server.seen] == ["bytes=700-"]
 
 
+def test_a_partial_file_that_is_whole_is_taken(server, tmp_path):
+    (tmp_path / "file.partial").write_bytes(BYTES)  # stopped while the hash was computed
+    assert download(server.url + "/file", tmp_path / "file", sha256=SHA).read_bytes() == BYTES
+    assert [headers.get("Range") for _, headers in server.seen] == ["bytes=2048-"] and files(tmp_path) == ["file"]
+
+
+def test_a_partial_file_of_something_else_is_found_out_and_thrown_away(server, tmp_path):
+    (tmp_path / "file.partial").write_bytes(b"another version")
+    with pytest.raises(ValueError, match="nothing was kept, try again"):
+        download(server.url + "/file", tmp_path / "file", sha256=SHA)
+    assert files(tmp_path) == [] and download(server.url + "/file", tmp_path / "file", sha256=SHA).read_bytes() == BYTES
+
+
+def test_a_slow_server_is_waited_for_and_the_progress_is_shown(server, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    assert download(server.url + "/slow", tmp_path / "file", timeout=1).read_bytes() == BYTES  # 1.6 s, never silent for 1 s
+    shown = capsys.readouterr().err.split("\r")[1:]
+    assert len(shown) > 1 and all(line.startswith("file: 0.0 of 0.0 MB, ") and "s left" in line for line in shown)
+
+
 def test_without_a_hash_it_begins_again(server, tmp_path):
     (tmp_path / "file.partial").write_bytes(b"another version")
     assert download(server.url + "/file", tmp_path / "file").read_bytes() == BYTES
@@ -131,7 +158,7 @@ def test_a_partial_file_that_is_too_long_makes_it_begin_again(server, tmp_path):
     assert [headers.get("Range") for _, headers in server.seen] == ["bytes=4096-", None]
 
 
-@pytest.mark.parametrize("path, words", [("/page", "web page"), ("/forbidden", "403"), ("/missing", "404")])
+@pytest.mark.parametrize("path, words", [("/page", "web page"), ("/forbidden", "403"), ("/missing", "404"), ("/circle", "302.*infinite loop")])
 def test_what_is_not_the_file_is_one_clear_line(server, tmp_path, path, words):
     with pytest.raises(ValueError, match=words) as caught:
         download(server.url + path, tmp_path / "file")
@@ -209,6 +236,20 @@ def test_an_existing_cache_is_used_without_network(hub, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="HF_HUB_OFFLINE"):
         hub_file("org/name", "spiece.model")
     assert hub.seen == []
+
+
+def test_the_cache_lies_where_xdg_cache_home_says(hub, tmp_path, monkeypatch):
+    monkeypatch.delenv("HF_HOME")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert hub_file("org/name", "config.json").is_relative_to(tmp_path / "xdg" / "huggingface" / "hub" / "models--org--name")
+
+
+def test_a_cache_from_before_the_repository_had_an_organisation_is_used(hub, tmp_path, monkeypatch):
+    old = tmp_path / "hub" / "models--name" / "snapshots" / COMMIT / "config.json"
+    old.parent.mkdir(parents=True)
+    old.write_bytes(b"{}")
+    assert hub_file("org/name", "config.json", COMMIT) == old and hub.seen == []
+    assert hub_file("org/name", "spiece.model", COMMIT).parts[-4] == "models--org--name"  # what is missing gets its name of today
 
 
 def test_a_file_that_the_hub_does_not_have_can_be_told_apart(hub, tmp_path, monkeypatch):
