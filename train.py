@@ -197,6 +197,7 @@ def train(args: argparse.Namespace, out: Path) -> dict:
     if "config.json" in there:
         checkpoint.check_same(out, config)
     if "results.json" in there:
+        (out / "state.safetensors").unlink(missing_ok=True)
         say(f"the run in {out} has ended, nothing is left to do")
         return checkpoint.read_json(out / "results.json")
 

@@ -1,0 +1,134 @@
+"""GLUE with the bundled backbone: run what the README's tables show, and rebuild the tables from what was run.
+
+    python bench/glue.py --data glue --jobs 2             # what bench/glue.json does not have yet: each variant, each seed
+    python bench/glue.py --data glue --only lst,rte-lst   # of these variants only; --seeds 0,1,2
+    python bench/glue.py                                  # only print the tables
+
+Small models use a core better than several: --jobs 2 makes two runs at a time, which share the cores.
+"""
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from datetime import timedelta
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from checkpoint import write_json  # noqa: E402
+from report import Parser, guarded, positive, seeds  # noqa: E402
+
+RESULTS = ROOT / "bench" / "glue.json"  # the results.json of every run, and its variant
+SMALL_EPOCHS = 5  # Paper: 20 on the small tasks; ours is done in minutes
+SST2_VARIANTS = {  # name: title, flags of train.py, the paper's score with T5-base (Table 1)
+    "lst": ("LST, r = 8, Fisher pruning", "--task sst2", "94.1 ± 0.3"),
+    "lst-random": ("LST, random start", "--task sst2 --init random", ""),
+    "lst-shut": ("LST without ladders", "--task sst2 --gates shut", ""),
+    "full": ("full fine-tuning", "--task sst2 --method full", "93.9 ± 0.6"),
+    "adapters": ("adapters", "--task sst2 --method adapters", "94.2 ± 0.5"),
+    "lora": ("LoRA", "--task sst2 --method lora", "94.3 ± 0.1"),
+    "bitfit": ("BitFit", "--task sst2 --method bitfit", "94.3 ± 0.1"),
+    "prompt": ("prompt-tuning", "--task sst2 --method prompt", "90.3"),
+}
+SMALL_VARIANTS = {
+    f"{task}-{method}": (f"{title}: {method_title}", f"--task {task} --epochs {SMALL_EPOCHS}{flags}", paper)
+    for task, title, papers in (
+        ("cola", "CoLA, Matthews", ("58.1 ± 3.2", "62.8 ± 2.5")),
+        ("mrpc", "MRPC, accuracy and F1", ("90.4 ± 1.0", "91.9 ± 1.0")),
+        ("rte", "RTE, accuracy", ("71.9 ± 2.1", "74.1 ± 1.0")),
+        ("stsb", "STS-B, Pearson and Spearman", ("90.7 ± 0.2", "90.3 ± 0.1")))
+    for (method, method_title, flags), paper in zip((("lst", "LST", ""), ("full", "full fine-tuning", " --method full")), papers)
+}
+VARIANTS = SST2_VARIANTS | SMALL_VARIANTS
+LOCK = threading.Lock()
+
+
+def command(name: str, numbers: list[int]) -> str:
+    """As the README has it, with the GLUE folders in the folder `glue`."""
+    return f"python train.py {VARIANTS[name][1]} --data glue --seed{'s' * (len(numbers) > 1)} {','.join(map(str, numbers))}"
+
+
+def read() -> list[dict]:
+    """The runs that are there and that this file would still make with the same command."""
+    runs = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else []
+    return [run for run in runs if run["variant"] in VARIANTS and run["command"] == command(run["variant"], [run["seed"]])]
+
+
+def add(run: dict) -> None:
+    with LOCK:
+        others = [other for other in read() if other["command"] != run["command"]]
+        write_json(RESULTS, sorted([*others, run], key=lambda run: (list(VARIANTS).index(run["variant"]), run["seed"])))
+
+
+def train(name: str, seed: int, folder: str, jobs: int) -> tuple[str, float | None]:
+    """One run, in a process of its own: a line about it, and its seconds if it went well."""
+    with tempfile.TemporaryDirectory() as out:
+        own = {"python": sys.executable, "glue": str(Path(folder).resolve())}  # of this machine
+        words = [own.get(word, word) for word in command(name, [seed]).split()]
+        environment = os.environ | {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // jobs))}
+        done = subprocess.run([*words, "--out", out], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        if done.returncode:
+            return f"{name}, seed {seed}: failed, {done.stderr.strip().rpartition(chr(10))[2] or f'exit code {done.returncode}'}", None
+        run = json.loads((Path(out) / "results.json").read_text(encoding="utf-8"))
+    del run["config"]["data"]
+    add({"variant": name} | run | {"command": command(name, [seed]), "runs_at_a_time": jobs})
+    return f"{name}, seed {seed}: {run['test']['score']:.2f} in {run['seconds']:.0f} s", run["seconds"]
+
+
+def table(names: dict) -> str:
+    lines = ["| | trained parameters | score, mean ± deviation | each seed | seconds | peak memory | the paper, T5-base |", "|---|---:|---:|---:|---:|---:|---:|"]
+    commands = []
+    for name, (title, _, paper) in names.items():
+        runs = [run for run in read() if run["variant"] == name]
+        if not runs:
+            continue
+        scores = [run["test"]["score"] for run in runs]
+        mean = f"**{statistics.mean(scores):.1f}**" + (f" ± {statistics.pstdev(scores):.1f}" if len(scores) > 1 else "")
+        lines.append(f"| {title} | {runs[0]['trainable_params']:,} ({runs[0]['trainable_percent']:.2f} %) | {mean} | {', '.join(f'{score:.1f}' for score in scores)} "
+                     f"| {statistics.mean(run['seconds'] for run in runs):.0f} | {statistics.mean(run['peak_memory_bytes'] for run in runs) / 2**20:.0f} MiB | {paper} |")
+        commands.append("    " + command(name, [run["seed"] for run in runs]))
+    return "\n".join(["", *lines, "", *commands]) if commands else ""
+
+
+def run_missing(args: argparse.Namespace) -> int:
+    """How many runs failed."""
+    there, seconds, failed = {run["command"] for run in read()}, [], 0
+    missing = [(name, seed) for seed in args.seeds for name in args.only if command(name, [seed]) not in there]
+    pool = ThreadPoolExecutor(args.jobs)
+    try:
+        for number, future in enumerate(as_completed([pool.submit(train, *case, args.data, args.jobs) for case in missing]), 1):
+            line, took = future.result()
+            seconds, failed = seconds + [took] * (took is not None), failed + (took is None)
+            left = statistics.mean(seconds or [0]) * (len(missing) - number) / args.jobs
+            print(f"{line}; {number} of {len(missing)} runs, {timedelta(seconds=round(left))} left", flush=True)
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return failed
+
+
+def main() -> int:
+    parser = Parser(__doc__)
+    parser.add_argument("--data", help="folder of the official GLUE folders; without it nothing is run")
+    parser.add_argument("--jobs", type=positive, default=1, help="runs at a time (default 1)")
+    parser.add_argument("--only", type=lambda text: text.split(","), default=list(VARIANTS), help=f"variants to run: {', '.join(VARIANTS)}")
+    parser.add_argument("--seeds", type=seeds, default=[0, 1, 2], help="seeds to run (default 0,1,2)")
+    args = parser.parse_args()
+    if unknown := [name for name in args.only if name not in VARIANTS]:
+        parser.error(f"{unknown[0]!r} is no variant; choose from {', '.join(VARIANTS)}")
+    failed = run_missing(args) if args.data else 0
+    for names in (SST2_VARIANTS, SMALL_VARIANTS):
+        print(table(names))
+    print()
+    for words in sorted({f"{run['hardware']}, {run['runs_at_a_time']} runs at a time, torch {run['versions']['torch']}" for run in read()}):
+        print(words)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(main))

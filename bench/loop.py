@@ -1,0 +1,160 @@
+"""What the training loop costs beside the computation, and what its batches save: SST-2, the ladder on the bundled backbone.
+
+    python bench/loop.py --data glue     # some minutes; writes bench/loop.json
+    python bench/loop.py --data glue --steps 20 --rounds 1 --json loop.json
+
+In turns, --rounds times: train.py for --steps steps, with a stopwatch at what its loop calls; then training steps on a sample of an
+epoch's batches, a tenth as many, padded in three ways.  Shown are the medians over the rounds.
+"""
+import argparse
+import contextlib
+import functools
+import os
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import checkpoint  # noqa: E402
+import data  # noqa: E402
+import options  # noqa: E402
+import report  # noqa: E402
+import train  # noqa: E402
+from model import load_tokenizer  # noqa: E402
+
+COMPUTATION = {
+    "forward": [(train, "loss_of")],
+    "backward": [(Tensor, "backward")],
+    "optimizer": [(nn.utils, "clip_grad_norm_"), (torch.optim.AdamW, "step"), (torch.optim.AdamW, "zero_grad")],
+}
+LOOP = {  # and what train.fit does itself: log, progress
+    "order of the rows, once": [(data, "batches")],
+    "padding": [(data, "collate")],
+    "seeds": [(train, "seed_everything")],
+    "peak of memory": [(report, "peak_memory")],
+    "saving": [(checkpoint, "save_state")],
+}
+WIDTH = 128  # tokens that data.encode lets through
+PADDINGS = (f"all to {WIDTH} tokens", "to a batch's longest, in random order", "to a batch's longest, by length")
+
+
+def timed(function: Callable, spans: list[tuple[float, float]]) -> Callable:
+    """The function, which notes when it began and ended."""
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        start = time.perf_counter()
+        result = function(*args, **kwargs)
+        spans.append((start, time.perf_counter()))
+        return result
+
+    return call
+
+
+def time_loop(folder: str, steps: int) -> dict[str, float]:
+    """Seconds of the parts of train.py's loop, from the order of the epoch's rows to the last step; the evaluation comes after."""
+    spans = defaultdict(list)
+    with contextlib.ExitStack() as stack:
+        for part, calls in (COMPUTATION | LOOP | {"evaluation": [(train, "evaluate")]}).items():
+            for owner, name in calls:
+                stack.enter_context(mock.patch.object(owner, name, timed(getattr(owner, name), spans[part])))
+        out, nowhere = stack.enter_context(tempfile.TemporaryDirectory()), stack.enter_context(open(os.devnull, "w"))
+        stack.enter_context(contextlib.redirect_stdout(nowhere))
+        train.main(["--task", "sst2", "--data", folder, "--init", "random", "--max-steps", str(steps), "--out", out])
+    began, ended = spans["order of the rows, once"][0][0], spans["evaluation"][0][0]
+    parts = {part: sum(end - start for start, end in spans[part] if began <= start < ended) for part in COMPUTATION | LOOP}
+    return parts | {"log, progress, the rest": ended - began - sum(parts.values())}
+
+
+def widest(rows: list[data.Encoded], batch: list[int]) -> int:
+    return max(len(rows[i][0]) for i in batch)
+
+
+def arrange(rows: list[data.Encoded], batch_size: int, seed: int) -> dict[str, list[list[int]]]:
+    """An epoch's batches for each way of padding, from the narrowest to the widest."""
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
+    random_order = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
+    epochs = (random_order, random_order, data.batches(rows, batch_size, seed, epoch=0))
+    return {padding: sorted(batches, key=functools.partial(widest, rows)) for padding, batches in zip(PADDINGS, epochs)}
+
+
+def to_width(collate: Callable, pairs: list[data.Encoded]) -> data.Batch:
+    batch = collate(pairs)
+    missing = (0, WIDTH - batch.source_ids.shape[1])
+    return batch._replace(source_ids=F.pad(batch.source_ids, missing), source_mask=F.pad(batch.source_mask, missing))
+
+
+def time_epochs(training: argparse.Namespace, rows: list[data.Encoded], epochs: dict[str, list[list[int]]], sample: int, seed: int) -> dict[str, float]:
+    """Seconds of an epoch for each way of padding, from `sample` of its batches, evenly from narrow to wide; one batch of each in turn."""
+    model, seconds, offset = train.build(training).train(), defaultdict(list), random.Random(seed).random()
+    parameters = list(train.trainable(model).values())
+    optimizer = torch.optim.AdamW(parameters, lr=training.lr, weight_decay=0.0, fused=True)
+    for number in (0, *range(sample)):  # the first of each is not counted
+        for padding, batches in epochs.items():
+            batch = [rows[i] for i in batches[int((number + offset) / sample * len(batches))]]
+            collate = functools.partial(to_width, data.collate) if padding == PADDINGS[0] else data.collate
+            start = time.perf_counter()
+            with mock.patch.object(data, "collate", collate):
+                train.backward(model, batch, training)
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            seconds[padding].append(time.perf_counter() - start)
+    return {padding: statistics.mean(seconds[padding][1:]) * len(epochs[padding]) for padding in PADDINGS}
+
+
+def show(values: dict[str, float], unit: str, notes: dict[str, str]) -> None:
+    for name, value in values.items():
+        print(f"{name:40}{value:9.2f} {unit:2}  {notes[name]:>16}  {'█' * round(40 * value / max(values.values()))}")
+
+
+def run(args: argparse.Namespace) -> dict:
+    training = options.parse(["--task", "sst2", "--data", args.data], __doc__)
+    training.task = "sst2"
+    rows = data.encode(data.load("sst2", args.data).train, load_tokenizer("nano"))
+    options.settle(training, len(rows), sample=False)
+    loops, seconds, sample, progress = [], [], max(1, args.steps // 10), report.Progress("round", args.rounds)
+    for number in range(args.rounds):
+        epochs = arrange(rows, training.batch_size, seed=number)
+        loops.append(time_loop(args.data, args.steps))
+        seconds.append(time_epochs(training, rows, epochs, sample, seed=number))
+        progress.step(number + 1)
+
+    shares = [{part: 100 * took / sum(parts.values()) for part, took in parts.items()} for parts in loops]
+    step = {part: statistics.median(1000 * parts[part] / args.steps for parts in loops) for part in loops[0]}
+    share = statistics.median(100 - sum(one[part] for part in COMPUTATION) for one in shares)
+    print(f"\nSST-2, LST on nano, batch {training.batch_size}, fp32; {report.hardware('cpu')}, torch {torch.__version__}; medians of {args.rounds} rounds"
+          f"\n\na step of train.py, in runs of {args.steps}\n")
+    show(step, "ms", {part: f"{statistics.median(one[part] for one in shares):.2f} %" for part in step})
+    print(f"all but forward, backward and optimizer: {share:.1f} % of the time")
+
+    tokens = {padding: sum(len(batch) * (WIDTH if padding == PADDINGS[0] else widest(rows, batch)) for batch in batches) for padding, batches in epochs.items()}
+    epoch = {padding: statistics.median(one[padding] for one in seconds) for padding in PADDINGS}
+    dynamic, grouped = (statistics.median(one[slow] / one[fast] for one in seconds) for slow, fast in zip(PADDINGS, PADDINGS[1:]))
+    print(f"\nan epoch of {len(rows):,} rows, {sum(len(source) for source, _ in rows):,} source tokens without padding, from {sample} batches a round\n")
+    show(epoch, "s", {padding: f"{count:,} tokens" for padding, count in tokens.items()})
+    print(f"padding to a batch's longest row is {dynamic:.2f} times faster than to {WIDTH} tokens, and grouping by length {grouped:.2f} times faster than random order")
+    return {"hardware": report.hardware("cpu"), "versions": report.versions(), "steps": args.steps, "rounds": args.rounds, "sampled_batches": sample,
+            "rows": len(rows), "batch_size": training.batch_size, "loop_percent": share, "step_milliseconds": step, "loops_seconds": loops,
+            "epoch_seconds": epoch, "epochs_seconds": seconds, "epoch_tokens": tokens, "times_faster_than_128": dynamic, "times_faster_by_length": grouped}
+
+
+if __name__ == "__main__":
+    parser = report.Parser(__doc__)
+    parser.add_argument("--data", required=True, help="folder of the official GLUE folders")
+    parser.add_argument("--steps", type=report.positive, default=200, help="of train.py in each round, at most an epoch's (default 200)")
+    parser.add_argument("--rounds", type=report.positive, default=3)
+    parser.add_argument("--json", type=Path, default=ROOT / "bench" / "loop.json", help="the numbers (default bench/loop.json)")
+    arguments = parser.parse_args()
+    checkpoint.write_json(arguments.json, report.guarded(lambda: run(arguments)))
