@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from download import sha256_of
-from model import locate, weight_files
+from model import brief, locate, weight_files
 
 FILES = ("state.safetensors", "results.json", "trained.safetensors", "metrics.jsonl", "config.json")
 # what `train.load` takes from a run's config
@@ -182,7 +182,8 @@ def read_config(out: str | Path) -> dict:
     try:
         with safe_open(path, framework="pt") as file:
             config = LATER | json.loads((file.metadata() or {})["config"])
-        fits = all(isinstance(config[name], kind) for name, kind in NEEDED.items()) and all(type(i) is int for i in config["keep"] or [])
+        fits = all(isinstance(config[name], kind) and isinstance(config[name], bool) == (kind is bool) for name, kind in NEEDED.items())
+        fits = fits and all(type(i) is int for i in config["keep"] or [])
     except (SafetensorError, KeyError, ValueError, TypeError, RecursionError):
         fits = False
     if not fits:
@@ -199,9 +200,9 @@ def load_trained(out: str | Path, model: nn.Module) -> None:
 @torch.no_grad()
 def _fill(path: Path, own: dict[str, Tensor], found: dict[str, Tensor]) -> None:
     missing, unexpected = sorted(own.keys() - found.keys()), sorted(found.keys() - own.keys())
-    misshapen = [name for name, tensor in own.items() if name in found and found[name].shape != tensor.shape]
+    misshapen = [name for name, tensor in own.items() if name in found and (found[name].shape, found[name].dtype) != (tensor.shape, tensor.dtype)]
     if missing or unexpected or misshapen:
-        raise ValueError(f"{path} does not fit: missing {missing[:3]}, unexpected {unexpected[:3]}, misshapen {misshapen[:3]}")
+        raise ValueError(f"{path} does not fit: missing {missing[:3]}, unexpected {brief.repr(unexpected[:3])}, misshapen {misshapen[:3]}")
     for name, tensor in own.items():
         tensor.copy_(found[name])
 

@@ -11,7 +11,6 @@ import os
 import re
 import textwrap
 import zipfile
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -160,17 +159,21 @@ def unpack(archive: Path, task: Task, home: Path) -> None:
         member, partial = f"{task.folder}/{name}", home / f"{name}.partial"
         try:
             with zipfile.ZipFile(archive) as packed:
-                size = packed.getinfo(member).file_size
-                if size > UNPACKED_LIMIT:
-                    raise ValueError(f"{archive}: {member} unpacks to {size} bytes, {UNPACKED_LIMIT} are allowed; check GLUE_BASE_URL")
+                entry = packed.getinfo(member)
+                if entry.file_size > UNPACKED_LIMIT:
+                    raise ValueError(f"{member} has {entry.file_size} bytes, {UNPACKED_LIMIT} are allowed")
+                if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # zipfile unpacks the others without a limit
+                    raise ValueError(f"{member} is packed by method {entry.compress_type}")
                 with packed.open(member) as source, open(partial, "wb") as target:
                     while chunk := source.read(1 << 20):  # reads no further than file_size, and checks the CRC
                         target.write(chunk)
+            os.replace(partial, home / name)
         except KeyError:
             raise ValueError(f"{archive} holds no {member}: it is not GLUE's zip; check GLUE_BASE_URL") from None
-        except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
-            raise ValueError(f"{archive} is damaged ({error}); try again") from error
-        os.replace(partial, home / name)
+        except Exception as error:  # zipfile has a dozen kinds for a damaged archive
+            raise ValueError(f"{archive} is damaged, not GLUE's, or too big for the disk ({error!r:.200}); try again, or check GLUE_BASE_URL") from error
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def _wanted(task: Task) -> str:
@@ -219,14 +222,14 @@ def _lines(path: Path) -> Iterator[tuple[int, list[str]]]:
             try:
                 yield number, line.removeprefix(b"\xef\xbb\xbf" if number == 1 else b"").rstrip(b"\r\n").decode("utf-8").split("\t")
             except UnicodeDecodeError as error:
-                raise ValueError(f"{path}, line {number}: byte {line[error.start]:#04x} is not UTF-8 text; "
+                raise ValueError(f"{path}, line {number}: byte {error.object[error.start]:#04x} is not UTF-8 text; "
                                  f"save the file as UTF-8 or put the official file there") from error
 
 
 def _table(task: Task, path: Path) -> tuple[list[dict[str, str]], int]:
     """The rows of a file, as dicts of the columns that matter, and how many rows were skipped.
 
-    A row without a gold label ("-", MNLI) is skipped, a malformed one too as long as no more than 1 % are.
+    MNLI's rows without a gold label ("-") are skipped, malformed ones too as long as no more than 1 % are.
     """
     used = [*task.fields.values(), task.label, *(("#1 ID", "#2 ID") if task.name == "mrpc" else ())]
     answers = task.words if task.labels_are_words else [str(i) for i in range(len(task.words))]
@@ -243,7 +246,7 @@ def _table(task: Task, path: Path) -> tuple[list[dict[str, str]], int]:
             continue
         row = {column: cells[header.index(column)] for column in used}
         given = row[task.label]
-        if given == "-":
+        if given == "-" and task.name == "mnli":
             unlabelled += 1
         elif given in answers or (not answers and 0 <= _score(given, otherwise=-1) <= 5):
             rows.append(row)
@@ -260,8 +263,12 @@ def _table(task: Task, path: Path) -> tuple[list[dict[str, str]], int]:
 def _divide_mrpc(task: Task, text: Path, ids: Path) -> tuple[list[list[dict[str, str]]], int]:
     """MRPC comes as one file: a row is validation if its pair of ids is in GLUE's list, training otherwise."""
     rows, skipped = _table(task, text)
-    held_out = {tuple(cells) for _, cells in _lines(ids)}
-    is_dev = [(row["#1 ID"], row["#2 ID"]) in held_out for row in rows]
+    pairs = [(row["#1 ID"], row["#2 ID"]) for row in rows]
+    known, held_out = set(pairs), {tuple(cells): number for number, cells in _lines(ids)}
+    strange = [number for pair, number in held_out.items() if pair not in known]
+    if len(strange) > skipped:  # a skipped row may have been validation; any other pair of ids has a row, or that would train
+        raise ValueError(f"{ids}, line {strange[0]}: no row of {text.name} has these two ids ({len(strange)} such lines); get both files again")
+    is_dev = [pair in held_out for pair in pairs]
     return [[row for row, dev in zip(rows, is_dev) if dev == wanted] for wanted in (False, True)], skipped
 
 

@@ -14,6 +14,7 @@ Masks are boolean, True = attend.  `bias` is what is added to attention scores: 
 """
 import json
 import re
+import reprlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -41,6 +42,8 @@ PUBLIC = {
     "flan-t5-small": ("google/flan-t5-small", "main", "495fa51e204676f1a857a9fc13c4c89f3f5ba9f480b898cebca02add25e6d749"),
     "flan-t5-base": ("google/flan-t5-base", "main", "1dfb70afdcedceb9f9fae2f9b68e004ad934361fb35b9b2bd50b45ea90790fc8"),
 }
+brief = reprlib.Repr()  # for errors: what a damaged file holds may be a megabyte long, or nested a thousand deep
+brief.maxstring = 90
 NANO = Path(__file__).parent / "assets" / "nano"  # the backbone that comes with this repository
 
 
@@ -75,33 +78,37 @@ class T5Config:
         for name in ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_decoder_layers", "num_heads",
                      "relative_attention_num_buckets", "relative_attention_max_distance"):
             value = getattr(self, name)
-            limit = 1000 if name.endswith("layers") else 2**20
+            limit = 100 if name.endswith("layers") else 2**20
             if type(value) is not int or not 1 <= value <= limit:
-                raise ValueError(f"T5 config: {name} is {value!r}, it must be a whole number from 1 to {limit}")
+                raise ValueError(f"T5 config: {name} is {brief.repr(value)}, it must be a whole number from 1 to {limit}")
         if self.relative_attention_num_buckets % 4 or self.relative_attention_max_distance <= self.relative_attention_num_buckets // 2:
             raise ValueError("T5 config: relative_attention_num_buckets must be a multiple of 4, and relative_attention_max_distance above half of it")
         for name, low, high in (("dropout_rate", 0, 0.999), ("layer_norm_epsilon", 0, 1)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-                raise ValueError(f"T5 config: {name} is {value!r}, it must be a number from {low} to {high}")
+                raise ValueError(f"T5 config: {name} is {brief.repr(value)}, it must be a number from {low} to {high}")
         for name, allowed in (("feed_forward_proj", ("relu", "gated-gelu")), ("tie_word_embeddings", (True, False)), ("attention", ("eager", "fused")),
                               ("checkpoint", (True, False))):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"T5 config: {name} is {getattr(self, name)!r}, choose from {allowed}")
+            value = getattr(self, name)
+            if type(value) is not type(allowed[0]) or value not in allowed:  # 1 == True
+                raise ValueError(f"T5 config: {name} is {brief.repr(value)}, choose from {allowed}")
 
     @classmethod
     def from_json(cls, path: str | Path) -> "T5Config":
         """Read a public config.json; keys that do not describe the architecture are left alone."""
         try:
             raw = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # also bytes that are no UTF-8, and numbers of thousands of digits
             raise ValueError(f"{path} is not a JSON file ({error}); get config.json again") from None
         if not isinstance(raw, dict) or raw.get("model_type", "t5") not in ("t5", "mt5"):
-            raise ValueError(f"{path} does not describe a T5 (model_type {raw.get('model_type') if isinstance(raw, dict) else None!r}, must be 't5')")
+            raise ValueError(f"{path} does not describe a T5 (model_type {brief.repr(raw.get('model_type') if isinstance(raw, dict) else None)}, must be 't5')")
         missing = [name for name in ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads") if name not in raw]
         if missing:
             raise ValueError(f"{path} lacks {missing[:3]}: not a T5 config.json")
-        return cls(**{field.name: raw[field.name] for field in fields(cls) if field.name in raw and field.name not in RUN_TIME})
+        try:
+            return cls(**{field.name: raw[field.name] for field in fields(cls) if field.name in raw and field.name not in RUN_TIME})
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------- layers
@@ -526,11 +533,11 @@ def weight_files(model: str | Path) -> list[Path]:
         raise missing from None
     try:
         names = sorted(set(json.loads(text)["weight_map"].values()))
-        foreign = [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]
+        foreign = [name for name in names if not re.fullmatch(r"[\w.-]{1,200}\.safetensors", name, re.ASCII)]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError(f"{index} is not an index of safetensors shards; get it again") from None
     if foreign or not names:
-        raise ValueError(f"{index} names no shards, or files that are not beside it: {foreign[:3]}")
+        raise ValueError(f"{index} names no shards, or files that are not beside it: {brief.repr(foreign)}")
     return [locate(model, name) for name in names]
 
 
@@ -554,11 +561,14 @@ class Checkpoint:
                 head = file.read(40)
             kind = ("a git-lfs pointer, not the weights: run `git lfs pull`" if head.startswith(b"version https://git-lfs") else
                     "an HTML page, not the weights: download the file again" if head.lstrip().lower().startswith((b"<!doctype", b"<html")) else
-                    f"damaged or no safetensors file ({error}): download it again")
+                    f"damaged or no safetensors file ({error!s:.200}): download it again")
             raise ValueError(f"{path} is {kind}") from None
 
     def shape(self, key: str) -> list[int]:
         return self.files[key].get_slice(key).get_shape()
+
+    def dtype(self, key: str) -> str:
+        return self.files[key].get_slice(key).get_dtype()
 
     def tensor(self, key: str) -> Tensor:
         return self.files[key].get_tensor(key)
@@ -589,18 +599,17 @@ def load_t5(model: str | Path, device: str | torch.device = "cpu", dtype: torch.
     missing, unexpected = own.keys() - found, found - own.keys() - set(copies)
     misshapen = [f"{key} {weights.shape(key)} not {shape}" for key, (_, shape) in own.items() if key in found and weights.shape(key) != shape]
     if missing or unexpected or misshapen:
-        raise ValueError(f"checkpoint of {model} does not fit its config.json: missing {sorted(missing)[:3]}, "
-                         f"unexpected {sorted(unexpected)[:3]}, misshapen {sorted(misshapen)[:3]}")
+        raise ValueError(f"checkpoint of {model} does not fit its config.json: missing {brief.repr(sorted(missing)[:3])}, "
+                         f"unexpected {brief.repr(sorted(unexpected)[:3])}, misshapen {brief.repr(sorted(misshapen)[:3])}")
+    for key in own:
+        if weights.dtype(key) not in ("F64", "F32", "F16", "BF16"):
+            raise ValueError(f"checkpoint of {model}: {key} holds {weights.dtype(key)}; only floating-point weights can be used")
     embedding = next(key for key, (name, _) in own.items() if name == "embed.weight")
     for copy in copies:
-        if weights.shape(copy) != weights.shape(embedding) or not torch.equal(weights.tensor(copy), weights.tensor(embedding)):
+        same = weights.shape(copy) == weights.shape(embedding) and weights.dtype(copy) == weights.dtype(embedding)
+        if not same or not torch.equal(weights.tensor(copy), weights.tensor(embedding)):
             raise ValueError(f"checkpoint of {model} does not fit its config.json: {copy} differs from {embedding}, but the config ties them")
-    state = {}
-    for key, (name, _) in own.items():
-        tensor = weights.tensor(key)
-        if not tensor.is_floating_point():
-            raise ValueError(f"checkpoint of {model}: {key} holds {tensor.dtype}; only floating-point weights can be used")
-        state[name] = tensor.to(device=device, dtype=dtype)
+    state = {name: weights.tensor(key).to(device=device, dtype=dtype) for key, (name, _) in own.items()}
     t5.load_state_dict(state, strict=True, assign=True)
     return t5.eval()
 
@@ -623,9 +632,10 @@ class Tokenizer:
     def __init__(self, path: str | Path):
         try:
             self.pieces = SentencePieceProcessor(model_file=str(path))
-        except (RuntimeError, OSError):
+            normalizes = "Ａ" not in self.pieces.normalize("Ａ")
+        except (RuntimeError, OSError, UnicodeDecodeError):
             raise ValueError(f"{path} is missing or no SentencePiece model; a backbone's folder holds spiece.model") from None
-        if "Ａ" in self.pieces.normalize("Ａ"):  # a file that was cut behind its pieces still opens, but it normalizes nothing
+        if not normalizes:  # a file that was cut behind its pieces still opens, but it normalizes nothing
             raise ValueError(f"{path} was cut off, its normalization is missing: get it again")
         special = (self.pieces.pad_id(), self.pieces.eos_id(), self.pieces.unk_id())
         if special != (PAD, EOS, UNK):
