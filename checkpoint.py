@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from download import sha256_of
 from model import brief, locate, weight_files
 
-FILES = ("state.safetensors", "results.json", "trained.safetensors", "metrics.jsonl", "config.json")
+FILES = ("state.safetensors", "results.json", "results.md", "trained.safetensors", "metrics.jsonl", "config.json")
 # what `train.load` takes from a run's config
 NEEDED = {"task": str, "model": str, "method": str, "prompts": str, "dtype": str, "gates": str, "backbone_sha256": str, "r": int, "keep": (list, type(None)),
           "as_authors": bool, "freeze": int, "checkpoint": bool}
@@ -39,6 +39,10 @@ LATER = {"as_authors": False, "freeze": 0, "checkpoint": False}  # what a run of
 def check_folder(out: str | None, overwrite: bool, resume: bool = False) -> None:
     """ValueError if a run could not go into this folder; nothing is made yet."""
     path = Path(out or "runs")
+    if str(path) != str(path).encode("utf-8", "ignore").decode():
+        raise ValueError(f"the name {str(path)!r} is no UTF-8 text; choose another --out")
+    if path.is_symlink() and not path.exists():
+        raise ValueError(f"{out} is a link that leads nowhere; choose another --out")
     if path.exists() and not path.is_dir():
         raise ValueError(f"{path} is a file; a run needs a folder")
     if any((path / name).exists() for name in ("model.safetensors", "model.safetensors.index.json", "spiece.model")):
@@ -78,11 +82,13 @@ def claim(path: Path, rank: int = 0) -> Iterator[None]:
             raise ValueError(f"another run works in {path}: wait for it, or choose another --out") from None
         except OSError:
             pass  # some network file systems have no locks
-        yield
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # it is not empty
+                path.rmdir()
     finally:
         os.close(folder)
-        with contextlib.suppress(OSError):
-            path.rmdir()
 
 
 def clear(path: Path) -> None:
@@ -178,7 +184,9 @@ def read_config(out: str | Path) -> dict:
     """The config of the run that left its weights in this folder."""
     path = Path(out) / "trained.safetensors"
     if not path.is_file():
-        raise ValueError(f"{path} is not there: {out} is not the folder of a run that kept its weights")
+        inside = sorted(folder.parent.name for folder in Path(out).glob("*/trained.safetensors"))
+        hint = f"; it holds several: {', '.join(inside[:4])}" if inside else ""
+        raise ValueError(f"{path} is not there: {out} is not the folder of a run that kept its weights{hint}")
     try:
         with safe_open(path, framework="pt") as file:
             config = LATER | json.loads((file.metadata() or {})["config"])
@@ -234,7 +242,7 @@ def save_state(out: Path, model: nn.Module, optimizer: torch.optim.Optimizer, at
 
 
 def load_state(out: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Position:
-    """Model and optimizer are as they were there.  ValueError if the file is damaged or does not fit."""
+    """Model and optimizer are as they were there.  ValueError if the file is damaged or does not fit, or what it counts on is gone."""
     path, own = out / "state.safetensors", trainable(model)
     found, metadata = read_tensors(path)
     _fill(path, own, {name: found.pop(name) for name in own if name in found})
@@ -242,13 +250,18 @@ def load_state(out: Path, model: nn.Module, optimizer: torch.optim.Optimizer) ->
     if found:
         raise ValueError(f"{path} does not fit: unexpected {sorted(found)[:3]}")
     optimizer.load_state_dict(optimizer.state_dict() | {"state": {i: moments for i, moments in state.items() if moments}})
-    return Position(**json.loads(metadata["position"]))
+    at = Position(**json.loads(metadata["position"]))
+    log = out / "metrics.jsonl"
+    if not log.is_file() or log.stat().st_size < at.log or (at.best and not (out / "trained.safetensors").is_file()):
+        raise ValueError(f"{out} cannot go on: its metrics.jsonl or trained.safetensors is gone or cut; give --overwrite to begin anew")
+    return at
 
 
 def check_same(out: Path, config: dict) -> None:
     """A run goes on only as it began.  ValueError with the list of what is not the same; where the files lie may change."""
-    path = out / "config.json"
-    was = read_json(path)
+    was = read_json(out / "config.json")
+    if ("seeds" in was) != ("seeds" in config) or config.keys() - was.keys():
+        raise ValueError(f"{out} cannot go on so: {'a table of several runs' if 'seeds' in was else 'no such run'} is in it; give its own arguments, or --overwrite")
     changed = [f"{name.replace('_', ' ')} was {str(was.get(name))[:24]}, is {str(value)[:24]}" for name, value in config.items()
                if name not in ("model", "data") and was.get(name) != value]
     if changed:

@@ -14,8 +14,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 def start(device: str) -> str:
     """Join the processes that torchrun has started; this one's device.  ValueError: more processes than GPUs."""
-    if "LOCAL_RANK" not in os.environ:
+    if not {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= os.environ.keys():
         return device
+    if device.startswith("cuda:"):
+        raise ValueError(f"--device {device} with torchrun: give --device cuda, and each process takes a GPU of its own")
     if device == "cuda":
         if (local := int(os.environ["LOCAL_RANK"])) >= torch.cuda.device_count():
             raise ValueError(f"--nproc-per-node asks for more processes than the {torch.cuda.device_count()} GPUs here")
@@ -39,6 +41,7 @@ def wrap(model: nn.Module) -> nn.Module:
     """The model, whose backward adds up the gradients of all processes.  What is frozen is left out, so only what trains is ever sent."""
     if not dist.is_initialized():
         return model
+    # torch has no public way to leave parameters out; without this it would send the whole backbone once
     frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
     return DistributedDataParallel(model, forward_sync_buffers=False)

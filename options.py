@@ -1,6 +1,7 @@
 """Every option of train.py, what may be combined with what, and what the paper takes where the command line is silent."""
 import argparse
 import math
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -33,15 +34,15 @@ def parse(argv: Sequence[str] | None, description: str) -> argparse.Namespace:
     what.add_argument("--prompts", default="paper", choices=PROMPTS, help="the authors' prompts with digits as answers (default), or T5's with words")
     what.add_argument("--max-train-rows", type=positive, help="use only the first so many training rows")
     ladder = parser.add_argument_group("the ladder (Sec. 3)")
-    ladder.add_argument("--r", type=positive, default=8, help="reduction factor (default 8)")
+    ladder.add_argument("--r", type=positive, default=8, help="reduction factor (default %(default)s)")
     ladder.add_argument("--keep", type=layers, help="0-based layers kept in side encoder and decoder, e.g. 1,3,5 (default: all)")
-    ladder.add_argument("--init", default="fisher", choices=("fisher", "magnitude", "random"), help="importance for the initial weights (default fisher)")
-    ladder.add_argument("--prune", default="published", choices=("published", "aligned"), help="how rows are chosen (default published)")
-    ladder.add_argument("--fisher-samples", type=positive, default=1024, help="training rows for the Fisher information (default 1024)")
+    ladder.add_argument("--init", default="fisher", choices=("fisher", "magnitude", "random"), help="importance for the initial weights (default %(default)s)")
+    ladder.add_argument("--prune", default="published", choices=("published", "aligned"), help="how rows are chosen (default %(default)s)")
+    ladder.add_argument("--fisher-samples", type=positive, default=1024, help="training rows for the Fisher information (default %(default)s)")
     ladder.add_argument("--gates", default="learned", choices=("learned", "shut"), help="shut: mu = 0, no ladders")
     baseline = parser.add_argument_group("the other methods (Sec. 4)")
     baseline.add_argument("--as-authors", action="store_true", help="the authors' reading of lora (biases beside it) and prompt (starts from noise)")
-    baseline.add_argument("--freeze", type=whole, default=0, help="lowest layers left as they are, the encoder's first (default 0)")
+    baseline.add_argument("--freeze", type=whole, default=0, help="lowest layers left as they are, the encoder's first (default %(default)s)")
     run = parser.add_argument_group("the run (defaults depend on model, method and task; they are printed at the start)")
     run.add_argument("--epochs", type=positive)
     run.add_argument("--max-steps", type=positive, help="stop after so many steps")
@@ -58,7 +59,7 @@ def parse(argv: Sequence[str] | None, description: str) -> argparse.Namespace:
     files = parser.add_argument_group("files")
     files.add_argument("--out", help="the run's folder (default: a new one, runs/<task>-<method>-<number>)")
     files.add_argument("--resume", action="store_true", help="go on with the run in --out, exactly; a run that has ended is left as it is")
-    files.add_argument("--save-steps", type=positive, default=200, help="steps after which all that a resume needs is saved (default 200)")
+    files.add_argument("--save-steps", type=positive, default=200, help="steps after which all that a resume needs is saved (default %(default)s)")
     files.add_argument("--overwrite", action="store_true", help="allow --out to name a folder that is not empty")
     files.add_argument("--predict", metavar="TEXT", help="answer for one input with the run in --out; for tasks on pairs: \"A | B\"")
     args = parser.parse_args(argv)
@@ -77,6 +78,9 @@ def parse(argv: Sequence[str] | None, description: str) -> argparse.Namespace:
         parser.error("--resume goes on with the run in --out" + (", --overwrite begins anew: give one of them" if args.overwrite else ": name its folder"))
     if args.seeds and args.seed:
         parser.error("--seed and --seeds: give one of them")
+    if args.predict is not None and (args.task or args.seeds):
+        parser.error("--predict asks the run in --out, which knows its task and seed: leave out --task and --seeds")
+    args.out = args.out and os.path.expanduser(args.out)
     args.seeds = args.seeds or [args.seed]
     args.command = shlex.join(["python", "train.py", *(sys.argv[1:] if argv is None else argv)])
     return args

@@ -38,6 +38,7 @@ def guarded(run: Callable[[], dict]) -> dict:
     """Run a program's work.  What the user can mend ends with one line and exit code 2, a loss that is not finite with 1, Ctrl-C with 130,
     SIGTERM with 143."""
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch on Linux: memory in huge pages, so that fresh tensors cost less time
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # closed by the shell
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a bar should not cost the results
     try:
@@ -67,6 +68,7 @@ def on_signals(handler: Callable, *numbers: int) -> Iterator[None]:
     """These signals go to `handler`; Python allows that in the main thread only, elsewhere nothing changes."""
     if threading.current_thread() is not threading.main_thread():
         numbers = ()
+    numbers = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]  # a job in a script's background
     before = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
@@ -77,11 +79,12 @@ def on_signals(handler: Callable, *numbers: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def asked_to_stop() -> Iterator[list[int]]:
-    """A list, into which Ctrl-C and SIGTERM put their number, so that a step can end in peace.  The second time they interrupt at once."""
+    """A list, into which Ctrl-C and SIGTERM put their number, so that a step can end in peace.  The second time they interrupt at once,
+    but not under torchrun, which passes on what the processes may have had already."""
     asked: list[int] = []
 
     def ask(number: int, frame) -> None:
-        if asked:
+        if asked and distributed.processes() == 1:
             raise KeyboardInterrupt(number)
         asked.append(number)
 

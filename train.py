@@ -90,12 +90,15 @@ def loss_of(model: nn.Module, batch: data.Batch) -> Tensor:
 def backward(model: nn.Module, rows: list[data.Encoded], args: argparse.Namespace) -> Tensor:
     """The batch's mean cross-entropy over its label tokens, and the gradient.  Of a batch this process takes its share of the rows, in
     --accumulate passes; each counts by its label tokens, so the sum over passes and processes is the mean of the undivided batch."""
-    first, parts = distributed.rank() * args.accumulate, distributed.processes() * args.accumulate
+    parts, first = distributed.processes() * args.accumulate, distributed.rank() * args.accumulate
     tokens, loss = sum(len(target) for _, target in rows), torch.zeros((), device=args.device)
     for part in range(first, first + args.accumulate):
-        weight = (part < len(rows)) / tokens  # the last batch of an epoch may have fewer rows than parts: then one row counts nothing
+        last = part == first + args.accumulate - 1
+        if part >= len(rows) and not last:
+            continue  # the last batch of an epoch may have fewer rows than parts
+        weight = (part < len(rows)) / tokens  # the last pass sends the gradient: without a row of its own it takes one that counts nothing
         batch = to_device(data.collate(rows[part::parts] or rows[:1]), args.device)
-        with distributed.sent_later(model) if part + 1 < first + args.accumulate else contextlib.nullcontext():
+        with contextlib.nullcontext() if last else distributed.sent_later(model):
             share = loss_of(model, batch) * weight
             (share * distributed.processes()).backward()  # DistributedDataParallel takes the mean over the processes
         loss += share.detach()
@@ -175,6 +178,8 @@ def train(args: argparse.Namespace, out: Path) -> dict:
     dataset = data.load(args.task, args.data, args.prompts)
     if dataset.fallback:
         say(data.banner(dataset.fallback))
+    if distributed.agree(dataset.sha256) != dataset.sha256:  # one process may have had no network
+        raise ValueError("the processes have read different data; give --data with a folder that all of them see")
     rows = data.encode(dataset.train[: args.max_train_rows], tokenizer)
     settle(args, len(rows), sample=dataset.name == "bundled-sample")
 
@@ -188,7 +193,8 @@ def train(args: argparse.Namespace, out: Path) -> dict:
         f"seed {args.seed}, {report.hardware(args.device)}" + (f", {distributed.processes()} processes" if distributed.processes() > 1 else ""))
 
     # what was asked for; a run that goes on is asked for the same
-    config = {name: value for name, value in vars(args).items() if name not in NO_CONFIG} | {"processes": distributed.processes()}
+    config = {name: value for name, value in vars(args).items() if name not in NO_CONFIG}
+    config |= {"processes": distributed.processes(), "device": args.device.partition(":")[0]}
     if args.model != "nano" and Path(args.model).is_dir():
         config["model"] = str(Path(args.model).resolve())
     config |= {"backbone_sha256": sha256_of_backbone(args.model), "data_sha256": dataset.sha256}
@@ -280,6 +286,7 @@ def fit(args: argparse.Namespace, model: nn.Module, optimizer: torch.optim.Optim
                 if stop or at.step % args.save_steps == 0 or at.step in (args.steps, (epoch + 1) * epoch_steps):
                     save()
                 if stop:
+                    distributed.wait()  # for the first process, which saves
                     raise KeyboardInterrupt(*asked)
             result = evaluate(model, tokenizer, args, val)
             say(f"epoch {epoch + 1}: validation {report.scores(result)}")
@@ -290,15 +297,19 @@ def fit(args: argparse.Namespace, model: nn.Module, optimizer: torch.optim.Optim
                     save_trained(out, model, config)
             at.epochs = epoch + 1
             save()
+            if distributed.total(torch.tensor(float(len(asked)), device=args.device)):
+                raise KeyboardInterrupt(*asked)
     distributed.wait()
 
 
 def several(args: argparse.Namespace, out: Path) -> dict:
     """A run for each task and seed, and their table, which is written anew after each."""
     config, runs = {"task": args.task, "seeds": args.seeds}, []
-    if args.resume and (out / "config.json").exists():
+    if distributed.agree(args.resume and (out / "config.json").exists()):
         checkpoint.check_same(out, config)
     elif distributed.rank() == 0:
+        for folder in (out, *(out / f"{task}-{seed}" for task in args.task for seed in args.seeds)):
+            checkpoint.clear(folder)
         write_json(out / "config.json", config | {"command": args.command})
     for task in args.task:
         for seed in args.seeds:

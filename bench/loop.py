@@ -157,4 +157,4 @@ if __name__ == "__main__":
     parser.add_argument("--rounds", type=report.positive, default=3)
     parser.add_argument("--json", type=Path, default=ROOT / "bench" / "loop.json", help="the numbers (default bench/loop.json)")
     arguments = parser.parse_args()
-    checkpoint.write_json(arguments.json, report.guarded(lambda: run(arguments)))
+    report.guarded(lambda: checkpoint.write_json(arguments.json, run(arguments)))

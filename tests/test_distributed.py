@@ -131,6 +131,18 @@ def test_the_backbone_is_never_sent_and_each_process_draws_its_own_dropout(backb
     together(tmp_path, inspect, backbone, [3, 4, 5, 6, 7, 1])
 
 
+def told(argv):
+    original = train.seed_everything
+    train.seed_everything = lambda *numbers: (print("seeds", *numbers), original(*numbers))
+    train.main(argv)
+
+
+def test_each_step_of_each_process_has_its_own_seed(argv, backbone, tmp_path):
+    texts = together(tmp_path, told, argv("--max-steps", 2, "--seed", 5))
+    drawn = [[line for line in text.splitlines() if line.startswith("seeds")] for text in texts]
+    assert drawn == [["seeds 5", "seeds 5 0 0", "seeds 5 1 0"], ["seeds 5", "seeds 5 0 1", "seeds 5 1 1"]]
+
+
 def interrupted(argv):
     if os.environ["RANK"] == "1":  # only the second process is asked to stop, in its third step
         original, calls = train.backward, []

@@ -28,8 +28,9 @@ pytestmark = pytest.mark.usefixtures("children")
 
 # -------------------------------------------------------------------------------------------------------------- workshop
 
-def work(argv, die_at=None, largest_file=None):
-    """What a child process does: the run; killed in the middle of the `number`-th call of os.<name>; with a disk that is soon full."""
+def work(argv, die_at=None, largest_file=None, stop_in=None):
+    """What a child process does: the run; killed at the start of the `number`-th call of os.<name>; with a disk that is soon full;
+    asked to stop when train.<stop_in> begins."""
     torch.set_num_threads(1)
     sys.stdout = sys.stderr = open(Path(argv[argv.index("--out") + 1]).with_suffix(".said"), "a")
     if die_at:
@@ -44,6 +45,9 @@ def work(argv, die_at=None, largest_file=None):
             return original(*arguments)
 
         setattr(os, name, deadly)
+    if stop_in:
+        asked = getattr(train, stop_in)
+        setattr(train, stop_in, lambda *arguments: (os.kill(os.getpid(), signal.SIGTERM), asked(*arguments))[1])
     if largest_file:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
     train.main(argv)
@@ -163,6 +167,15 @@ def test_asked_to_stop_it_saves_the_step_and_goes_on_from_there(straight, tmp_pa
     same(out, straight)
 
 
+def test_asked_to_stop_while_it_evaluates_it_stops_behind_it(straight, tmp_path):
+    out = tmp_path / "run"
+    argv = [*straight[0], "--seeds", "0,1", "--out", str(out)]
+    assert run(argv, stop_in="evaluate") == 128 + signal.SIGTERM, said(out)
+    assert not (out / "sst2-1").exists() and '"val"' in (out / "sst2-0" / "metrics.jsonl").read_text()
+    assert run([*argv, "--resume"]) == 0
+    assert what_counts(out / "sst2-0")[:2] == straight[1][:2]
+
+
 # ---------------------------------------------------------------------------------------------------- what is not resumed
 
 @pytest.fixture
@@ -238,6 +251,26 @@ def test_a_damaged_state_is_one_line(cut, capsys, name, damage):
     refused(capsys, [*argv, "--resume"], name, "damaged")
 
 
+@pytest.mark.parametrize("name", ["metrics.jsonl", "trained.safetensors"])
+def test_a_resume_that_lacks_what_was_written_is_one_line(cut, straight, tmp_path, capsys, name):
+    out, argv = tmp_path / "run", [*straight[0], "--out", str(tmp_path / "run")]
+    shutil.rmtree(out)
+    assert run(argv, die_at=("replace", 8)) == -signal.SIGKILL and (out / name).exists()
+    (out / name).unlink()
+    refused(capsys, [*argv, "--resume"], name, "gone")
+
+
+def test_a_table_and_a_single_run_do_not_go_on_in_each_other(cut, straight, capsys):
+    out, argv = cut
+    before = contents(out)
+    refused(capsys, [*argv, "--seeds", "0,1", "--resume"], "cannot go on")
+    assert contents(out) == before
+    assert run([*argv, "--seeds", "0,1", "--overwrite"]) == 0
+    assert not (out / "state.safetensors").exists() and not (out / "trained.safetensors").exists()
+    refused(capsys, [*argv, "--resume"], "a table of several runs")
+    refused(capsys, ["--out", str(out), "--predict", "a film"], "it holds several: sst2-0, sst2-1")
+
+
 def test_every_flipped_byte_of_a_state_is_noticed(cut):
     out, _ = cut
     path, dice = out / "state.safetensors", random.Random(0)
@@ -278,6 +311,14 @@ def test_two_runs_in_one_folder_the_second_is_refused(cut, straight, capsys):
         refused(capsys, [*argv, "--overwrite"], "another run works in", str(out))
     assert run([*argv, "--resume"]) == 0  # the first one's end freed it
     same(out, straight)
+
+
+def test_a_refused_run_does_not_take_the_folder_of_the_first_away(straight, tmp_path, capsys):
+    out = tmp_path / "run"
+    with checkpoint.claim(out):  # still empty, as during the Fisher pass
+        refused(capsys, [*straight[0], "--out", str(out)], "another run works in")
+        assert out.is_dir()
+    assert not out.exists(), "nothing was written, so nothing is left"
 
 
 def test_a_lock_of_a_killed_run_is_no_lock(straight, tmp_path):
