@@ -38,7 +38,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from model import EOS, PAD, RUN_TIME, SENTINELS, UNK, T5, T5Config, load_t5, public_name  # noqa: E402
+from model import EOS, PAD, RUN_TIME, SENTINELS, UNK, T5, T5Config, public_name  # noqa: E402
 
 PIECES = 8192 - SENTINELS  # so that the vocabulary, and with it the embedding, has 8192 rows
 PROMPTS = "imdb sentence:", "review:", "sentence:"  # one of them in front of each sentiment batch
@@ -293,7 +293,6 @@ def main(argv=None) -> None:
     parser.add_argument("--work", type=Path, default=Path("nano-work"), help="what is kept between runs")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "nano")
     parser.add_argument("--resume", action="store_true", help="go on from the state in --work")
-    parser.add_argument("--weights", type=Path, metavar="FOLDER", help="begin with this backbone's weights (and spiece.model, put into --work) instead of new ones")
     parser.add_argument("--span-batch", type=int, default=2016, help="source pieces in a step of a process, of span corruption")
     parser.add_argument("--sentiment-batch", type=int, default=2400, help="the same, of crops with a label")
     parser.add_argument("--label-share", type=float, default=0.4, help="what a crop is told by its review's label; the rest by the teacher")
@@ -338,8 +337,6 @@ def main(argv=None) -> None:
     t5 = T5(config)
     t5.embed.weight.data[:PIECES] = torch.from_numpy(np.load(work / "vectors.npy"))
     t5.embed.weight.data.mul_(0.5)  # quieter word vectors: the layers are heard sooner
-    if args.weights:
-        t5.load_state_dict(load_t5(args.weights).state_dict())
     optimizer = Optimizer(t5, args.muon_lr, args.adam_lr)
     step, seen, seconds = 0, 0, 0.0
     if args.resume:
