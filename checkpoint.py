@@ -1,6 +1,6 @@
 """A run's folder, in which a run can be cut off at any moment and go on to the same result.
 
-    config.json           what was asked for; a resume must ask for the same
+    config.json           what was asked for, and where it runs; a resume must ask for the same
     metrics.jsonl         the log, one line a step and one an epoch
     state.safetensors     while it runs: all that the next step depends on
     trained.safetensors   what was trained, as it was after the best epoch; its metadata repeats the config, so the file says what it belongs to

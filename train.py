@@ -230,11 +230,12 @@ def train(args: argparse.Namespace, out: Path) -> dict:
                                                                    if at.best else "no epoch had ended, no weights were kept"))
         raise
     peak, kind = report.peak_memory(args.device)
+    took = {"seconds": round(time.time() - at.began, 1), "peak_memory_bytes": max(peak, at.peak), "peak_memory_kind": kind}
     results = {
         "task": args.task, "model": config["model"], "method": args.method, "data": dataset.name, "seed": args.seed,
         "trainable_params": count, "total_params": total, "trainable_percent": 100 * count / total,
-        "steps": at.step, "best_epoch": at.best["epoch"], "seconds": round(time.time() - at.began, 1), "peak_memory_bytes": max(peak, at.peak),
-        "peak_memory_kind": kind, "val": at.best["val"], "test": test, "fallback": dataset.fallback, "skipped_rows": dataset.skipped, **about, "config": config,
+        "steps": at.step, "best_epoch": at.best["epoch"], **took, "val": at.best["val"], "test": test,
+        "fallback": dataset.fallback, "skipped_rows": dataset.skipped, **about, "config": config,
     }
     if args.method == "lst":
         results["gates"] = {name: [rung.mu.item() for rung in getattr(model, name).ladders] for name in ("encoder", "decoder")}
@@ -242,6 +243,7 @@ def train(args: argparse.Namespace, out: Path) -> dict:
     say(f"test {report.scores(test)}  (epoch {at.best['epoch']}, the best on validation)")
     say(f"{results['seconds'] / 60:.1f} minutes, {kind} memory {results['peak_memory_bytes'] / 2**20:.0f} MiB, saved in {out}")
     if distributed.rank() == 0:
+        write_json(out / "config.json", config | about | took)
         write_json(out / "results.json", results)
         (out / "state.safetensors").unlink(missing_ok=True)
     return results
