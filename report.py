@@ -18,6 +18,8 @@ import torch
 import distributed
 
 
+# ------------------------------------------------------------------------------------------------------------ arguments
+
 class Parser(argparse.ArgumentParser):
     """A wrong argument is answered with one line, without the usage."""
 
@@ -33,6 +35,27 @@ def positive(text: str) -> int:
         raise argparse.ArgumentTypeError(f"{text[:20]!r} is not a whole number from 1 to 10^9")
     return int(text)
 
+
+def whole(text: str) -> int:
+    if not (text.isascii() and text.isdecimal()) or int(text[:12]) > 10**9:
+        raise argparse.ArgumentTypeError(f"{text[:20]!r} is not a whole number from 0 to 10^9")
+    return int(text)
+
+
+def layers(text: str) -> list[int]:
+    if not all(part.isascii() and part.isdecimal() and len(part) < 5 for part in text.split(",")):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of 0-based layers such as 1,3,5")
+    return [int(part) for part in text.split(",")]
+
+
+def seeds(text: str) -> list[int]:
+    numbers = [whole(part) for part in text.split(",")]
+    if len(set(numbers)) < len(numbers):
+        raise argparse.ArgumentTypeError(f"{text!r} names a seed twice")
+    return numbers
+
+
+# ---------------------------------------------------------------------------------------------------------- how it ends
 
 def guarded(run: Callable[[], dict]) -> dict:
     """Run a program's work.  What the user can mend ends with one line and exit code 2, a loss that is not finite with 1, Ctrl-C with 130,
@@ -92,28 +115,11 @@ def asked_to_stop() -> Iterator[list[int]]:
         yield asked
 
 
+# ------------------------------------------------------------------------------------------------------------- progress
+
 def say(text: str) -> None:
     if distributed.rank() == 0:
         print(text, flush=True)
-
-
-def layers(text: str) -> list[int]:
-    if not all(part.isascii() and part.isdecimal() and len(part) < 5 for part in text.split(",")):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of 0-based layers such as 1,3,5")
-    return [int(part) for part in text.split(",")]
-
-
-def whole(text: str) -> int:
-    if not (text.isascii() and text.isdecimal()) or int(text[:12]) > 10**9:
-        raise argparse.ArgumentTypeError(f"{text[:20]!r} is not a whole number from 0 to 10^9")
-    return int(text)
-
-
-def seeds(text: str) -> list[int]:
-    numbers = [whole(part) for part in text.split(",")]
-    if len(set(numbers)) < len(numbers):
-        raise argparse.ArgumentTypeError(f"{text!r} names a seed twice")
-    return numbers
 
 
 class Progress:
@@ -133,6 +139,8 @@ class Progress:
         line = f"{self.title} {done}/{self.total}  {detail}{'  ' if detail else ''}{seconds // 60}:{seconds % 60:02d} left"
         print(f"\r{line:<100}" if self.live else line, end="\n" if done == self.total or not self.live else "", flush=True)
 
+
+# --------------------------------------------------------------------------------------------- what came out, and where
 
 def scores(values: dict) -> str:
     """Metrics in percent, and what went wrong with the answers if anything did."""
