@@ -99,7 +99,9 @@ def settle(args: argparse.Namespace, rows: int, sample: bool) -> None:
     """Fill in what the command line left open, for this many training rows."""
     settings = {"epochs": data.TASKS[args.task].epochs, **SETTINGS[args.method]}
     if args.model == "nano":
-        settings |= NANO_SETTINGS | {"lr": NANO_LR.get(args.method, settings["lr"])} | ({"epochs": 1} if rows > 30_000 else {})  # Paper: 10 epochs of the large tasks; ours is done in minutes
+        settings |= NANO_SETTINGS | {"lr": NANO_LR.get(args.method, settings["lr"])}
+        if rows > 30_000:
+            settings["epochs"] = 1  # Paper: 10 epochs of the large tasks; ours is done in minutes
     if sample:  # more epochs learn its grammar, not reviews
         settings |= {"epochs": 5, "warmup_steps": None}
     for name, value in settings.items():
