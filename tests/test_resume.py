@@ -32,6 +32,7 @@ def work(argv, die_at=None, largest_file=None, stop_in=None):
     """What a child process does: the run; killed at the start of the `number`-th call of os.<name>; with a disk that is soon full;
     asked to stop when train.<stop_in> begins."""
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored, if the tests run in a script's background
     sys.stdout = sys.stderr = open(Path(argv[argv.index("--out") + 1]).with_suffix(".said"), "a")
     if die_at:
         name, number = die_at

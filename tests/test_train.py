@@ -487,7 +487,8 @@ def test_ctrl_c_in_an_overwriting_run_leaves_the_old_weights_or_none(argv, tmp_p
 @pytest.mark.slow
 def test_a_real_ctrl_c_ends_without_a_traceback(argv, tmp_path):
     process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *argv("--epochs", 10**6)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                               text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"}, start_new_session=True)
+                               text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"}, start_new_session=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # ignored, if the tests run in a script's background
     for line in process.stdout:
         if line.startswith("epoch 2:"):
             break
