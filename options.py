@@ -35,7 +35,7 @@ def parse(argv: Sequence[str] | None, description: str) -> argparse.Namespace:
     what.add_argument("--prompts", default="paper", choices=PROMPTS, help="the authors' prompts with digits as answers (default), or T5's with words")
     what.add_argument("--max-train-rows", type=positive, help="use only the first so many training rows")
     ladder = parser.add_argument_group("the ladder (Sec. 3)")
-    ladder.add_argument("--r", type=positive, default=8, help="reduction factor (default %(default)s)")
+    ladder.add_argument("--r", "--reduction", type=positive, default=8, help="reduction factor (default %(default)s); behind torchrun, which takes --r for an option of its own, write --reduction")
     ladder.add_argument("--keep", type=layers, help="0-based layers kept in side encoder and decoder, e.g. 1,3,5 (default: all)")
     ladder.add_argument("--init", default="fisher", choices=("fisher", "magnitude", "random"), help="importance for the initial weights (default %(default)s)")
     ladder.add_argument("--prune", default="published", choices=("published", "aligned"), help="how rows are chosen (default %(default)s)")

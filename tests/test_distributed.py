@@ -174,6 +174,7 @@ def test_one_process_asked_to_stop_stops_all_and_the_run_goes_on(argv, backbone,
 @pytest.mark.slow
 def test_torchrun_runs_train(argv, quiet, tmp_path):
     same = argv("--model", quiet, "--max-train-rows", 33, "--out", tmp_path / "two")
+    same[same.index("--r")] = "--reduction"  # torchrun takes --r for an option of its own
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(ROOT / "train.py"), *same],
                           capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=120)
     assert done.returncode == 0 and "2 processes" in done.stdout, done.stderr
