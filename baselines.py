@@ -9,6 +9,7 @@
     bitfit     a bias, where T5 has none                                             280,932    BiasedLinear, BiasedNorm, BiasedHeadT5
     prompt     100 vectors in front of the source                                     76,800    PromptT5
 
+Of a CLIP-T5 each also trains the visual embedding, and the modules have the sizes of VL-Adapter (arXiv:2112.06825), which Table 3 takes.
 All of them sit inside the backbone, so gradients flow back through it: through everything above the lowest trained parameter (Sec. 3.1).
 Added parameters are float32, also beside a bfloat16 backbone.
 """
@@ -21,7 +22,8 @@ from torch import Tensor, nn
 from model import T5, UNK, Attention, Dropout, RMSNorm
 
 METHODS = ("full", "adapters", "lora", "bitfit", "prompt")
-PROMPTS = 100  # trained vectors in front of the source
+TEXT = {"reduction": 16, "rank": 32, "prompts": 100}  # width of a bottleneck, D / reduction; rank of LoRA; vectors in front of the source
+IMAGES = {"reduction": 4, "rank": 150, "prompts": 40}
 
 
 # ------------------------------------------------------------------------------------------------------------- the modules
@@ -29,12 +31,12 @@ PROMPTS = 100  # trained vectors in front of the source
 class Adapter(nn.Module):
     """A linear map, then a bottleneck beside its output (arXiv:1902.00751, Sec. 2).  (B, T, in) -> (B, T, D)"""
 
-    def __init__(self, linear: nn.Linear):
+    def __init__(self, linear: nn.Linear, reduction: int):
         super().__init__()
         D = linear.out_features
         self.linear = linear
-        self.down = nn.Linear(D, max(1, D // 16))  # the authors' reduction factor: 48 for T5-base
-        self.up = nn.Linear(max(1, D // 16), D)
+        self.down = nn.Linear(D, max(1, D // reduction))
+        self.up = nn.Linear(max(1, D // reduction), D)
         for projection in (self.down, self.up):
             nn.init.normal_(projection.weight, std=0.01)
             nn.init.zeros_(projection.bias)
@@ -47,7 +49,7 @@ class Adapter(nn.Module):
 class LoRA(nn.Module):
     """W x + (alpha / rank) B A x with a frozen W (arXiv:2106.09685, Sec. 4.1).  B starts at 0, so nothing changes at first."""
 
-    def __init__(self, linear: nn.Linear, dropout: float, rank: int = 32, alpha: float = 32.0):
+    def __init__(self, linear: nn.Linear, dropout: float, rank: int, alpha: float = 32.0):
         super().__init__()
         self.linear, self.dropout, self.scale = linear, Dropout(dropout), alpha / rank
         self.A = nn.Parameter(torch.empty(rank, linear.in_features))
@@ -105,21 +107,22 @@ class BiasedHeadT5(T5):
 
 
 class PromptT5(T5):
-    """A T5 with trained `prompts` (100, D) in front of the source's word embeddings (arXiv:2104.08691).
+    """A T5 with trained `prompts` (n, D) in front of the source's word embeddings (arXiv:2104.08691).
 
-    Encoder and decoder attend to them: inside, S is 100 longer.  Callers and `Decoding` keep the mask of their own S.
+    Encoder and decoder attend to them: inside, S is n longer.  Callers and `Decoding` keep the mask of their own S.  The vectors pass
+    `prompt_mlp`: nothing with text alone, with images two linear maps that train along (arXiv:2101.00190, Sec. 4.3).
     """
 
-    def encoder_layers(self, source_ids: Tensor, source_mask: Tensor):
+    def embed_source(self, source_ids: Tensor, source_mask: Tensor) -> tuple[Tensor, Tensor]:
         words = self.embed(source_ids)
-        prompts = self.prompts.to(words.dtype).expand(len(words), -1, -1)  # (B, 100, D)
-        return self.encoder.layers(torch.cat([prompts, words], dim=1), self.longer(source_mask))
+        prompts = self.prompt_mlp(self.prompts).to(words.dtype).expand(len(words), -1, -1)  # (B, n, D)
+        return torch.cat([prompts, words], dim=1), self.longer(source_mask)
 
     def decoder_layers(self, decoder_ids: Tensor, decoder_mask: Tensor | None, memory: Tensor, source_mask: Tensor, cache: list[dict] | None = None):
         return super().decoder_layers(decoder_ids, decoder_mask, memory, self.longer(source_mask), cache)
 
     def longer(self, source_mask: Tensor) -> Tensor:
-        return F.pad(source_mask, (len(self.prompts), 0), value=True)  # (B, 100 + S)
+        return F.pad(source_mask, (len(self.prompts), 0), value=True)  # (B, n + S)
 
 
 # ------------------------------------------------------------------------------------------------------------- the methods
@@ -141,7 +144,7 @@ def apply(t5: T5, method: str, as_authors: bool = False, freeze: int = 0) -> T5:
     if any(isinstance(module, (Adapter, LoRA, BiasedLinear, BiasedHeadT5, PromptT5)) for module in t5.modules()):
         raise ValueError("this T5 was made a baseline before; load it again")
 
-    trained = blocks[freeze:]
+    trained, sizes = blocks[freeze:], TEXT if t5.visual is None else IMAGES
     t5.requires_grad_(method == "full")
     if method == "full":
         # The embedding lies below layer 0.  With a frozen layer it stays as it is, and so does T5 v1.0's head, which is the same matrix.
@@ -154,11 +157,14 @@ def apply(t5: T5, method: str, as_authors: bool = False, freeze: int = 0) -> T5:
     if method == "adapters":
         for block in trained:
             # Paper: "every attention"; its counts and the authors' code leave cross-attention out, and so does this.
-            block.self_attention.o = Adapter(block.self_attention.o)
-            block.feed_forward.wo = Adapter(block.feed_forward.wo)
-            swap(block, RMSNorm, TrainedNorm)
+            block.self_attention.o = Adapter(block.self_attention.o, sizes["reduction"])
+            block.feed_forward.wo = Adapter(block.feed_forward.wo, sizes["reduction"])
+            if t5.visual is None:
+                swap(block, RMSNorm, TrainedNorm)
+            elif hasattr(block, "cross_attention"):  # Paper: Table 3's 7.98 % are with these and without the norms
+                block.cross_attention.o = Adapter(block.cross_attention.o, sizes["reduction"])
         for stack in (t5.encoder, t5.decoder):
-            if stack.blocks[-1] in trained:
+            if stack.blocks[-1] in trained and t5.visual is None:
                 stack.final_norm = TrainedNorm(stack.final_norm)
     # Paper: the authors' LoRA also trains BitFit's biases (3,819,876, Table 1's 1.71 %); ours is LoRA alone, unless as_authors.
     if method == "bitfit" or (method == "lora" and as_authors):
@@ -168,13 +174,16 @@ def apply(t5: T5, method: str, as_authors: bool = False, freeze: int = 0) -> T5:
         t5.__class__, t5.head_bias = BiasedHeadT5, nn.Parameter(torch.zeros(t5.config.vocab_size))  # the same object, with another `logits`
     if method == "lora":
         for attention in (module for block in trained for module in block.modules() if isinstance(module, Attention)):
-            attention.q = LoRA(attention.q, t5.config.dropout_rate)
-            attention.v = LoRA(attention.v, t5.config.dropout_rate)
+            attention.q = LoRA(attention.q, t5.config.dropout_rate, sizes["rank"])
+            attention.v = LoRA(attention.v, t5.config.dropout_rate, sizes["rank"])
     if method == "prompt":
         # Paper: prompts from vocabulary rows; the authors copy them before the weights are loaded, which gives N(0, 1) noise (as_authors).
-        rows = (torch.arange(PROMPTS) + UNK + 1) % t5.config.vocab_size  # the first behind the special ids
-        start = torch.randn(PROMPTS, t5.config.d_model) if as_authors else t5.embed.weight.detach()[rows].float()
+        D, rows = t5.config.d_model, (torch.arange(sizes["prompts"]) + UNK + 1) % t5.config.vocab_size  # the first behind the special ids
+        start = torch.randn(sizes["prompts"], D) if as_authors else t5.embed.weight.detach()[rows].float()
         t5.__class__, t5.prompts = PromptT5, nn.Parameter(start)
+        t5.prompt_mlp = nn.Identity() if t5.visual is None else nn.Sequential(nn.Linear(D, 800), nn.Tanh(), nn.Linear(800, D))
+    if t5.visual is not None:
+        t5.visual.requires_grad_(True)  # trained by every method (arXiv:2112.06825, Sec. 3.1)
     if not any(p.requires_grad for p in t5.parameters()):
         raise ValueError(f"freeze is {freeze}, which leaves {method} nothing to train: freeze fewer layers")
     return t5.to(t5.embed.weight.device).train(t5.training)  # the new modules follow

@@ -1,4 +1,4 @@
-"""T5 in one file (arXiv:1910.10683): versions 1.0, 1.1 and Flan, their public weights, and generation.
+"""T5 and CLIP-T5 in one file (arXiv:1910.10683): versions 1.0, 1.1 and Flan, their public weights, and generation.
 
     source_ids --> embed --> N encoder blocks --> norm --.                  Block (pre-norm, residual):
                                                          | memory             h + self-attention(norm(h))
@@ -13,9 +13,10 @@ Letters, the same in every file of this project:
 Masks are boolean, True = attend.  `bias` is what is added to attention scores: position bias where True, -inf-like where False.
 """
 import json
+import math
 import re
 import reprlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -296,8 +297,11 @@ class Stack(nn.Module):
         self.final_norm = RMSNorm(config.d_model, config.layer_norm_epsilon)
         self.dropout = Dropout(config.dropout_rate)
 
-    def biases(self, h: Tensor, mask: Tensor | None, memory_mask: Tensor | None, cache: list[dict] | None) -> tuple[Tensor, Tensor | None]:
-        """What all blocks add to their scores: self-attention's bias (B or 1, H, T, S), cross-attention's (B, 1, T, S) or None."""
+    def biases(self, h: Tensor, mask: Tensor | None, memory_mask: Tensor | None, cache: list[dict] | None, P: int = 0) -> tuple[Tensor, Tensor | None]:
+        """What all blocks add to their scores: self-attention's bias (B or 1, H, T, S), cross-attention's (B, 1, T, S) or None.
+
+        The last P positions are of images: they have no distance to others (arXiv:2102.02779, Sec. 3.1).
+        """
         T = h.size(1)
         S = T + cached_length(cache)
         allowed = torch.ones(T, S, dtype=torch.bool, device=h.device)[None, None]  # (1, 1, T, S)
@@ -308,18 +312,21 @@ class Stack(nn.Module):
             if mask.device.type != "cpu" or not mask.all():  # nothing padded: all rows share one bias (a GPU would have to wait for the answer)
                 allowed = allowed & mask[:, None, None, :]  # (B, 1, T, S)
         lowest = torch.finfo(h.dtype).min  # not -inf: a row without any True would give NaN
-        self_bias = torch.where(allowed, self.pos_bias(T, S), lowest).to(h.dtype)  # (B or 1, H, T, S)
+        pos_bias = self.pos_bias(T - P, S - P)
+        if P:
+            pos_bias = F.pad(pos_bias, (0, P, 0, P))  # (1, H, T, S)
+        self_bias = torch.where(allowed, pos_bias, lowest).to(h.dtype)  # (B or 1, H, T, S)
         if memory_mask is None:
             return self_bias, None
         cross_bias = torch.where(memory_mask, 0.0, lowest).to(h.dtype)
         return self_bias, cross_bias[:, None, None, :].expand(-1, -1, T, -1)  # (B, 1, T, S)
 
     def layers(self, h: Tensor, mask: Tensor | None, memory: Tensor | None = None, memory_mask: Tensor | None = None,
-               cache: list[dict] | None = None) -> Iterator[Tensor]:
+               cache: list[dict] | None = None, P: int = 0) -> Iterator[Tensor]:
         """Hand out the embedded input, then the output of each block (B, T, D), one at a time: the raw residual stream."""
         h = self.dropout(h)
         yield h
-        self_bias, cross_bias = self.biases(h, mask, memory_mask, cache)
+        self_bias, cross_bias = self.biases(h, mask, memory_mask, cache, P)
         for i, block in enumerate(self.blocks):
             h = self.run(block, h, self_bias, memory, cross_bias, cache[i] if cache else None)
             yield h
@@ -336,10 +343,48 @@ class Stack(nn.Module):
 
 # ----------------------------------------------------------------------------------------------------------------- model
 
+class VisualEmbedding(nn.Module):
+    """What makes a T5 a CLIP-T5 (arXiv:2112.06825, Sec. 3.1): the grids of a frozen CLIP become positions behind the text.
+
+    A position is the sum of its projected feature, its projected box, which image it belongs to, and its number in the image, for which
+    T5's own word embeddings serve, from the last one down (arXiv:2102.02779, Sec. 3.1).
+    images (B, N, P, C), N grids of P = g * g cells; words (V, D) -> (B, N * P, D)
+    """
+
+    def __init__(self, C: int, config: T5Config, images: int = 2):
+        super().__init__()
+        D, epsilon = config.d_model, config.layer_norm_epsilon
+        self.feature, self.feature_norm = nn.Linear(C, D), RMSNorm(D, epsilon)
+        self.box, self.box_norm = nn.Linear(5, D), RMSNorm(D, epsilon)
+        self.image_order = nn.Embedding(images, D)
+
+    def boxes(self, P: int) -> Tensor:
+        """Corners x1, y1, x2, y2 of the grid's cells in an image of size 1, and their area.  (P, 5)"""
+        # Paper: the authors' boxes of a grid are all zero, so the projection is one constant; ours say where a cell is.
+        g = math.isqrt(P)
+        assert g * g == P, f"the grid must be square, it has {P} cells"
+        y, x = torch.meshgrid(torch.arange(g, device=self.box.weight.device) / g, torch.arange(g, device=self.box.weight.device) / g, indexing="ij")
+        return torch.stack([x, y, x + 1 / g, y + 1 / g, torch.full_like(x, 1 / P)], dim=-1).flatten(0, 1)  # (P, 5)
+
+    def forward(self, images: Tensor, words: Tensor) -> Tensor:
+        N, P = images.shape[1:3]
+        assert N <= self.image_order.num_embeddings, f"at most {self.image_order.num_embeddings} images a text, not {N}"
+        h = self.feature_norm(self.feature(images)) + self.box_norm(self.box(self.boxes(P)))  # (B, N, P, D)
+        h = h + self.image_order.weight[:N, None] + words[-P:].flip(0).to(h.dtype)
+        return h.flatten(1, 2)  # (B, N * P, D)
+
+
+def behind(mask: Tensor, h: Tensor) -> Tensor:
+    """The text's mask (B, S), made as long as h (B, S + P, D): images lie behind the text and are never padded."""
+    return mask if mask.size(1) == h.size(1) else F.pad(mask, (0, h.size(1) - mask.size(1)), value=True)
+
+
 class T5(nn.Module):
     """Encoder, decoder and head with random weights; `load_t5` fills in public ones.
 
     logits = t5(source_ids, source_mask, decoder_ids, decoder_mask)    (B, S), (B, S) bool, (B, T), (B, T) bool -> (B, T, V)
+
+    With a VisualEmbedding as `visual` it is a CLIP-T5, and what has `source_ids` also takes `images` (B, N, P, C).
     """
 
     def __init__(self, config: T5Config):
@@ -349,18 +394,28 @@ class T5(nn.Module):
         self.encoder = Stack(config, is_decoder=False)
         self.decoder = Stack(config, is_decoder=True)
         self.head = None if config.tie_word_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.visual: VisualEmbedding | None = None
 
-    def encoder_layers(self, source_ids: Tensor, source_mask: Tensor | None) -> Iterator[Tensor]:
-        """Hand out the word embeddings, then each encoder layer's output, (B, S, D) each."""
-        return self.encoder.layers(self.embed(source_ids), source_mask)
+    def embed_source(self, source_ids: Tensor, source_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """What the encoder reads before any image, and its mask."""
+        return self.embed(source_ids), source_mask
+
+    def encoder_layers(self, source_ids: Tensor, source_mask: Tensor | None, images: Tensor | None = None) -> Iterator[Tensor]:
+        """Hand out the embeddings, then each encoder layer's output, (B, S, D) each; with images (B, S + N * P, D), those behind the text."""
+        h, mask = self.embed_source(source_ids, source_mask)
+        if images is None:
+            return self.encoder.layers(h, mask)
+        h_visual = self.visual(images, self.embed.weight).to(h.dtype)
+        h = torch.cat([h, h_visual], dim=1)  # (B, S + N * P, D)
+        return self.encoder.layers(h, behind(mask, h), P=h_visual.size(1))
 
     def decoder_layers(self, decoder_ids: Tensor, decoder_mask: Tensor | None, memory: Tensor, source_mask: Tensor,
                        cache: list[dict] | None = None) -> Iterator[Tensor]:
         """Hand out the word embeddings, then each decoder layer's output, (B, T, D) each."""
-        return self.decoder.layers(self.embed(decoder_ids), decoder_mask, memory, source_mask, cache)
+        return self.decoder.layers(self.embed(decoder_ids), decoder_mask, memory, behind(source_mask, memory), cache)
 
-    def encode(self, source_ids: Tensor, source_mask: Tensor) -> Tensor:
-        for h in self.encoder_layers(source_ids, source_mask):
+    def encode(self, source_ids: Tensor, source_mask: Tensor, images: Tensor | None = None) -> Tensor:
+        for h in self.encoder_layers(source_ids, source_mask, images):
             pass
         return self.encoder.finish(h)
 
@@ -376,12 +431,13 @@ class T5(nn.Module):
             return self.head(h)
         return F.linear(h * self.config.d_model ** -0.5, self.embed.weight)
 
-    def forward(self, source_ids: Tensor, source_mask: Tensor, decoder_ids: Tensor, decoder_mask: Tensor | None = None) -> Tensor:
-        memory = self.encode(source_ids, source_mask)
+    def forward(self, source_ids: Tensor, source_mask: Tensor, decoder_ids: Tensor, decoder_mask: Tensor | None = None,
+                images: Tensor | None = None) -> Tensor:
+        memory = self.encode(source_ids, source_mask, images)
         return self.logits(self.decode(decoder_ids, decoder_mask, memory, source_mask))
 
-    def start(self, source_ids: Tensor, source_mask: Tensor, num_beams: int = 1) -> "Decoding":
-        memory = self.encode(source_ids, source_mask).repeat_interleave(num_beams, dim=0)
+    def start(self, source_ids: Tensor, source_mask: Tensor, num_beams: int = 1, images: Tensor | None = None) -> "Decoding":
+        memory = self.encode(source_ids, source_mask, images).repeat_interleave(num_beams, dim=0)
         return Decoding((memory,), source_mask.repeat_interleave(num_beams, dim=0), (new_cache(len(self.decoder.blocks)),))
 
     def step(self, ids: Tensor, state: "Decoding") -> Tensor:
@@ -389,9 +445,9 @@ class T5(nn.Module):
         h = self.decode(ids, None, state.memories[0], state.source_mask, state.caches[0])
         return self.logits(h)[:, -1]
 
-    def generate(self, source_ids: Tensor, source_mask: Tensor, max_new_tokens: int = 20, num_beams: int = 1) -> Tensor:
+    def generate(self, source_ids: Tensor, source_mask: Tensor, max_new_tokens: int = 20, num_beams: int = 1, images: Tensor | None = None) -> Tensor:
         """Greedy or beam search -> (B, <= max_new_tokens) ids, no start token, PAD after the end."""
-        return generate(self, source_ids, source_mask, max_new_tokens, num_beams)
+        return generate(self, source_ids, source_mask, max_new_tokens, num_beams, images)
 
 
 # ------------------------------------------------------------------------------------------------------------ generation
@@ -420,12 +476,12 @@ def cached_length(cache: list[dict] | None) -> int:
 
 
 @torch.no_grad()
-def generate(model, source_ids: Tensor, source_mask: Tensor, max_new_tokens: int, num_beams: int) -> Tensor:
+def generate(model, source_ids: Tensor, source_mask: Tensor, max_new_tokens: int, num_beams: int, images: Tensor | None = None) -> Tensor:
     """Search with anything that has `start` and `step`: T5 and LadderT5."""
     if max_new_tokens < 1 or num_beams < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens} and num_beams {num_beams}, both must be at least 1")
     search = greedy_search if num_beams == 1 else beam_search
-    return search(model, model.start(source_ids, source_mask, num_beams), len(source_ids), max_new_tokens, num_beams)
+    return search(model, model.start(source_ids, source_mask, num_beams, images), len(source_ids), max_new_tokens, num_beams)
 
 
 def greedy_search(model, state: Decoding, B: int, max_new_tokens: int, _: int) -> Tensor:
@@ -544,9 +600,9 @@ def weight_files(model: str | Path) -> list[Path]:
 class Checkpoint:
     """Safetensors files opened lazily: tensors are mapped, not read, until they are used."""
 
-    def __init__(self, model: str | Path):
+    def __init__(self, paths: Iterable[Path]):
         self.files = {}
-        for path in weight_files(model):
+        for path in paths:
             opened = self.open(path)
             self.files.update({key: opened for key in opened.keys()})
 
@@ -573,6 +629,18 @@ class Checkpoint:
     def tensor(self, key: str) -> Tensor:
         return self.files[key].get_tensor(key)
 
+    def check(self, model: str | Path, shapes: dict[str, list[int]], dropped: set[str]) -> None:
+        """Every key has its shape here or is dropped by name, none is missing, and all are floating-point; else a ValueError names up to three."""
+        found = self.files.keys() - dropped
+        missing, unexpected = shapes.keys() - found, found - shapes.keys()
+        misshapen = [f"{key} {self.shape(key)} not {shape}" for key, shape in shapes.items() if key in found and self.shape(key) != shape]
+        if missing or unexpected or misshapen:
+            raise ValueError(f"checkpoint of {model} does not fit: missing {brief.repr(sorted(missing)[:3])}, "
+                             f"unexpected {brief.repr(sorted(unexpected)[:3])}, misshapen {brief.repr(sorted(misshapen)[:3])}")
+        for key in shapes:
+            if self.dtype(key) not in ("F64", "F32", "F16", "BF16"):
+                raise ValueError(f"checkpoint of {model}: {key} holds {self.dtype(key)}; only floating-point weights can be used")
+
 
 def load_t5(model: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, attention: str = "fused",
             checkpoint: bool = False) -> T5:
@@ -587,7 +655,7 @@ def load_t5(model: str | Path, device: str | torch.device = "cpu", dtype: torch.
     if not path.is_file():
         raise ValueError(f"{path} is not there; a backbone's folder holds config.json, model.safetensors and spiece.model")
     config = replace(T5Config.from_json(path), attention=attention, checkpoint=checkpoint)
-    weights = Checkpoint(model)
+    weights = Checkpoint(weight_files(model))
     with torch.device("meta"):
         t5 = T5(config)
     own = {public_name(name): (name, list(parameter.shape)) for name, parameter in t5.named_parameters()}
@@ -596,14 +664,7 @@ def load_t5(model: str | Path, device: str | torch.device = "cpu", dtype: torch.
     if "shared.weight" not in found and copies:  # an alias may be the only copy of the embedding
         own[copies[0]] = own.pop("shared.weight")
         copies.remove(copies[0])
-    missing, unexpected = own.keys() - found, found - own.keys() - set(copies)
-    misshapen = [f"{key} {weights.shape(key)} not {shape}" for key, (_, shape) in own.items() if key in found and weights.shape(key) != shape]
-    if missing or unexpected or misshapen:
-        raise ValueError(f"checkpoint of {model} does not fit its config.json: missing {brief.repr(sorted(missing)[:3])}, "
-                         f"unexpected {brief.repr(sorted(unexpected)[:3])}, misshapen {brief.repr(sorted(misshapen)[:3])}")
-    for key in own:
-        if weights.dtype(key) not in ("F64", "F32", "F16", "BF16"):
-            raise ValueError(f"checkpoint of {model}: {key} holds {weights.dtype(key)}; only floating-point weights can be used")
+    weights.check(model, {key: shape for key, (_, shape) in own.items()}, dropped=STRAY | set(copies))
     embedding = next(key for key, (name, _) in own.items() if name == "embed.weight")
     for copy in copies:
         same = weights.shape(copy) == weights.shape(embedding) and weights.dtype(copy) == weights.dtype(embedding)

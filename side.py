@@ -23,7 +23,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from model import T5, Decoding, Stack, T5Config, generate, new_cache
+from model import T5, Decoding, Stack, T5Config, behind, generate, new_cache
 
 
 def side_config(config: T5Config, r: int) -> T5Config:
@@ -81,14 +81,19 @@ class SideStack(Stack):
         self.ladders = nn.ModuleList(Ladder(D, config.d_model) for _ in keep)
 
     def climb(self, backbone: Iterator[Tensor], mask: Tensor | None, memory: Tensor | None = None, memory_mask: Tensor | None = None,
-              cache: list[dict] | None = None) -> tuple[Tensor, Tensor]:
+              cache: list[dict] | None = None, h_visual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Climb beside the backbone: take its embeddings, then one layer's output at a time.
 
         backbone yields (B, S, D); mask (B, S); the decoder's memory (B, S, d) and its mask -> h_side (B, S, d), last h_backbone (B, S, D)
+        With embedded images h_visual (B, P, D) the side network reads both, [text ; images], S + P long (Sec. 4, "Vision-and-language").
         """
         h_backbone = next(backbone)
-        h_side = self.down_emb(self.dropout(h_backbone.to(self.down_emb.weight.dtype)))  # (B, S, d)
-        self_bias, cross_bias = self.biases(h_side, mask, memory_mask, cache)
+        h = h_backbone.to(self.down_emb.weight.dtype)
+        if h_visual is not None:
+            h = torch.cat([h, h_visual], dim=1)  # (B, S + P, D)
+            mask = behind(mask, h)
+        h_side = self.down_emb(self.dropout(h))  # (B, S, d)
+        self_bias, cross_bias = self.biases(h_side, mask, memory_mask, cache, h.size(1) - h_backbone.size(1))
         for i, h_backbone in enumerate(backbone):
             if i in self.keep:  # Sec. 3.4.  Paper: the authors keep the gates of dropped layers as parameters that nothing reads; we have none.
                 j = self.keep.index(i)
@@ -97,7 +102,11 @@ class SideStack(Stack):
 
     def rung(self, j: int, h_side: Tensor, h_backbone: Tensor, *rest) -> Tensor:
         """Rung j and the block behind it, (B, S, d) and (B, S, D) -> (B, S, d); checkpointing keeps these two inputs alone."""
-        return self.blocks[j](self.ladders[j](h_side, h_backbone), *rest)
+        if (S := h_backbone.size(1)) == h_side.size(1):
+            return self.blocks[j](self.ladders[j](h_side, h_backbone), *rest)
+        # Paper: the authors' code scales the images' states by the gate; the paper adds to the text alone, and so does this.
+        text = self.ladders[j](h_side[:, :S], h_backbone)
+        return self.blocks[j](torch.cat([text, h_side[:, S:]], dim=1), *rest)
 
 
 def check_keep(keep: Sequence[int] | None, config: T5Config) -> tuple[Sequence[int], Sequence[int]]:
@@ -115,6 +124,7 @@ class LadderT5(nn.Module):
 
     r: reduction factor; keep: 0-based backbone layers that have a side layer, in encoder and decoder (default: all of them).
     Trainable is what has `requires_grad`.  Starts at random; prune.py (Sec. 3.3) gives it weights of the backbone.
+    Of a CLIP-T5 it takes over the visual embedding: the backbone reads text alone, so the embedding's gradient comes through the side network.
     """
 
     def __init__(self, backbone: T5, r: int = 8, keep: Sequence[int] | None = None):
@@ -130,6 +140,7 @@ class LadderT5(nn.Module):
                 nn.init.normal_(module.weight, std=0.01 if isinstance(module, nn.Linear) else 1.0)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
+        self.visual, backbone.visual = backbone.visual, None
         self.to(backbone.embed.weight.device)
         self.backbone = backbone.requires_grad_(False).eval()
 
@@ -139,10 +150,11 @@ class LadderT5(nn.Module):
         self.backbone.eval()
         return self
 
-    def encode(self, source_ids: Tensor, source_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Final encoder states of the backbone (B, S, D) and of the side network (B, S, d)."""
+    def encode(self, source_ids: Tensor, source_mask: Tensor, images: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Final encoder states of the backbone (B, S, D) and of the side network (B, S, d), which has those of the images behind the text's."""
         climb = without_grad(self.backbone.encoder_layers(source_ids, source_mask))
-        memory_side, h_backbone = self.encoder.climb(climb, source_mask)
+        h_visual = None if images is None else self.visual(images, self.backbone.embed.weight)
+        memory_side, h_backbone = self.encoder.climb(climb, source_mask, h_visual=h_visual)
         with torch.no_grad():
             return self.backbone.encoder.finish(h_backbone), memory_side
 
@@ -150,14 +162,15 @@ class LadderT5(nn.Module):
                caches: tuple = (None, None)) -> Tensor:
         """Logits (B, T, V): each decoder looks at the memory of its own encoder; the head is the backbone's, frozen."""
         climb = without_grad(self.backbone.decoder_layers(decoder_ids, decoder_mask, memories[0], source_mask, caches[0]))
-        h_side, _ = self.decoder.climb(climb, decoder_mask, memories[1], source_mask, caches[1])
+        h_side, _ = self.decoder.climb(climb, decoder_mask, memories[1], behind(source_mask, memories[1]), caches[1])
         return self.backbone.logits(self.up(h_side).to(memories[0].dtype))
 
-    def forward(self, source_ids: Tensor, source_mask: Tensor, decoder_ids: Tensor, decoder_mask: Tensor | None = None) -> Tensor:
-        return self.decode(decoder_ids, decoder_mask, self.encode(source_ids, source_mask), source_mask)
+    def forward(self, source_ids: Tensor, source_mask: Tensor, decoder_ids: Tensor, decoder_mask: Tensor | None = None,
+                images: Tensor | None = None) -> Tensor:
+        return self.decode(decoder_ids, decoder_mask, self.encode(source_ids, source_mask, images), source_mask)
 
-    def start(self, source_ids: Tensor, source_mask: Tensor, num_beams: int = 1) -> Decoding:
-        memories = tuple(memory.repeat_interleave(num_beams, dim=0) for memory in self.encode(source_ids, source_mask))
+    def start(self, source_ids: Tensor, source_mask: Tensor, num_beams: int = 1, images: Tensor | None = None) -> Decoding:
+        memories = tuple(memory.repeat_interleave(num_beams, dim=0) for memory in self.encode(source_ids, source_mask, images))
         caches = new_cache(len(self.backbone.decoder.blocks)), new_cache(len(self.decoder.blocks))
         return Decoding(memories, source_mask.repeat_interleave(num_beams, dim=0), caches)
 
@@ -165,9 +178,9 @@ class LadderT5(nn.Module):
         """Feed one more token to each row, (B, 1) -> logits (B, V)."""
         return self.decode(ids, None, state.memories, state.source_mask, state.caches)[:, -1]
 
-    def generate(self, source_ids: Tensor, source_mask: Tensor, max_new_tokens: int = 20, num_beams: int = 1) -> Tensor:
+    def generate(self, source_ids: Tensor, source_mask: Tensor, max_new_tokens: int = 20, num_beams: int = 1, images: Tensor | None = None) -> Tensor:
         """Greedy or beam search -> (B, <= max_new_tokens) ids, no start token, PAD after the end."""
-        return generate(self, source_ids, source_mask, max_new_tokens, num_beams)
+        return generate(self, source_ids, source_mask, max_new_tokens, num_beams, images)
 
     def shut_gates(self) -> "LadderT5":
         """mu = 0 on every rung, for good: the side network without its ladders (what Fig. 8 calls network compression)."""

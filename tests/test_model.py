@@ -200,7 +200,7 @@ class Recomputing:
     def __init__(self, t5):
         self.t5, self.moves = t5, 0
 
-    def start(self, source_ids, source_mask, num_beams):
+    def start(self, source_ids, source_mask, num_beams, images):
         self.source_ids, self.source_mask = (x.repeat_interleave(num_beams, dim=0) for x in (source_ids, source_mask))
         self.ids = self.source_ids[:, :0]
         return self

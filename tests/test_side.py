@@ -376,7 +376,7 @@ class Uncached:
     def __init__(self, ladder):
         self.ladder, self.moves = ladder, 0
 
-    def start(self, source_ids, source_mask, num_beams):
+    def start(self, source_ids, source_mask, num_beams, images):
         self.source_ids, self.source_mask = source_ids.repeat_interleave(num_beams, 0), source_mask.repeat_interleave(num_beams, 0)
         self.ids = torch.empty(len(self.source_ids), 0, dtype=torch.long)
         return self
