@@ -105,3 +105,17 @@ def refused(capsys, argv, *words, code=2):
     assert stop.value.code == code and line.startswith("error: ") and line.count("\n") == 1, line
     assert all(word in line for word in words), line
     return line
+
+
+def put(folder, name, content, lines=False):
+    """folder/name with this as JSON, or as JSON lines, or with these bytes; returns folder."""
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not isinstance(content, bytes):
+        content = "".join(json.dumps(row) + "\n" for row in content).encode() if lines else json.dumps(content).encode()
+    path.write_bytes(content)
+    return folder
+
+
+def one_line(error, *parts):
+    assert "\n" not in str(error.value) and all(part in str(error.value) for part in parts), str(error.value)
