@@ -5,8 +5,8 @@ a second.  `training_step` follows every tensor that such a step makes, from bir
 
     weights + optimizer + gradients + saved activations + temporary = peak
 
-Saved activations are what is alive between forward and backward.  `layer_formula` and `mlp_formula` predict those bytes tensor by
-tensor, each with the reason why backward needs it; the tests hold formula and count together to the byte.
+Saved activations are what is alive between forward and backward.  `layer_formula` predicts those bytes tensor by tensor, each with the
+reason why backward needs it; the tests hold formula and count together to the byte.
 
 Not in an account: the CUDA context (about half a gigabyte), what kernels need inside, and fragmentation.  Letters as in model.py,
 F is d_ff and I the attention's inner width, H * K.
@@ -15,6 +15,7 @@ import math
 import weakref
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import accumulate
 from unittest.mock import patch
 
 import torch
@@ -79,18 +80,10 @@ class Live(TorchDispatchMode):
 
     def at_peak(self) -> dict[int, int]:
         """{number: bytes} of what was alive when most was."""
-        now = most = position = 0
-        for i, (_, size) in enumerate(self.diary):
-            now += size
-            if now > most:
-                most, position = now, i
-        then = {}
-        for number, size in self.diary[: position + 1]:
-            if size > 0:
-                then[number] = size
-            else:
-                del then[number]
-        return then
+        totals = [0, *accumulate(size for _, size in self.diary)]
+        until = self.diary[: totals.index(max(totals))]
+        dead = {number for number, size in until if size < 0}
+        return {number: size for number, size in until if number not in dead}
 
 
 class FusedNorm(torch.autograd.Function):
@@ -115,12 +108,6 @@ def rms_norm(x: Tensor, shape, weight: Tensor, epsilon: float) -> Tensor:
     return FusedNorm.apply(x, weight, epsilon)
 
 
-@contextmanager
-def kernels_of_cuda() -> Iterator[None]:
-    with patch.object(F, "scaled_dot_product_attention", efficient_attention), patch.object(F, "rms_norm", rms_norm):
-        yield
-
-
 def efficient_attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor, dropout_p: float, scale: float) -> Tensor:
     """What `scaled_dot_product_attention` runs on CUDA, by name: on the meta device torch would take the textbook path."""
     bias = attn_mask.to(q.dtype).expand(*q.shape[:3], k.size(2))
@@ -129,16 +116,23 @@ def efficient_attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor, drop
     return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, bias, torch.is_grad_enabled(), dropout_p, scale=scale)[0]
 
 
+@contextmanager
+def kernels_of_cuda() -> Iterator[None]:
+    with patch.object(F, "scaled_dot_product_attention", efficient_attention), patch.object(F, "rms_norm", rms_norm):
+        yield
+
+
 def training_step(net: nn.Module, batch: Batch, conventions: Collection[str] = ()) -> dict:
     """Bytes at the peak of a step like all but the first: AdamW's moments exist, gradients do not (fused AdamW makes no temporaries).
 
     saved_by_forward: all saved activations, at the end of forward; the peak may lie elsewhere.
     """
     trained = [p for p in net.parameters() if p.requires_grad]
-    weights, optimizer, held = bytes_of(net.parameters()), 8 * sum(p.numel() for p in trained), 0
+    kinds = {"weights": bytes_of(net.parameters()), "gradients": 0, "optimizer": 8 * sum(p.numel() for p in trained)}
+    kinds |= {"saved_activations": 0, "temporary": 0}
     net.train()
     if "gradients" in conventions:
-        held = bytes_of(trained)
+        kinds["gradients"] = bytes_of(trained)
         for p in trained:
             p.grad = torch.zeros_like(p)
     known = [*net.parameters(), *batch, *(p.grad for p in trained if p.grad is not None)]
@@ -151,10 +145,8 @@ def training_step(net: nn.Module, batch: Batch, conventions: Collection[str] = (
     finally:
         for p in trained:
             p.grad = None
-    then = live.at_peak()
-    kinds = {"weights": weights, "gradients": held + sum(size for number, size in then.items() if number in gradients), "optimizer": optimizer,
-             "saved_activations": sum(size for number, size in then.items() if number in saved),
-             "temporary": sum(size for number, size in then.items() if number not in saved and number not in gradients)}
+    for number, size in live.at_peak().items():
+        kinds["saved_activations" if number in saved else "gradients" if number in gradients else "temporary"] += size
     return kinds | {"peak": sum(kinds.values()), "saved_by_forward": sum(saved.values())}
 
 
@@ -221,13 +213,15 @@ def layer_formula(config: T5Config, B: int, S: int, D: int | None = None) -> lis
         return f"dropout mask, {of}", (B, S, d), 1, "which elements were dropped"
 
     if config.attention == "eager":
-        attention = [("q", (B, H, S, config.d_kv), 4, "gradient of k"), ("k", (B, H, config.d_kv, S), 4, "gradient of q"), ("v", (B, H, S, config.d_kv), 4, "gradient of the map"),
-                     ("softmax map", (B, H, S, S), 4, "gradient of softmax"), ("dropped map", (B, H, S, S), 4, "gradient of softmax and of v: no mask is needed"),
-                     ("context", (B, S, inner), 4, "gradient of o's weight")]
+        attention = [
+            ("q", (B, H, S, config.d_kv), 4, "gradient of k"), ("k", (B, H, config.d_kv, S), 4, "gradient of q"),
+            ("v", (B, H, S, config.d_kv), 4, "gradient of the map"), ("softmax map", (B, H, S, S), 4, "gradient of softmax"),
+            ("dropped map", (B, H, S, S), 4, "gradient of softmax and of v: no mask is needed"), ("context", (B, S, inner), 4, "gradient of o's weight")]
     else:
-        attention = [(name, (B, S, inner), 4, "the kernel computes the map again from q and k") for name in ("q", "k", "v")]
-        attention += [("bias", (B, H, S, -(-S // 16) * 16), 4, "the same; one for all layers of a stack where S is a multiple of 16"), ("log of softmax's sum", (B, H, -(-S // 32) * 32), 4, "the same"),
-                      ("random state", (2,), 8, "the same map is dropped again"), ("context", (B, S, inner), 4, "gradient of o's weight, and of softmax")]
+        attention = [(name, (B, S, inner), 4, "the kernel computes the map again from q and k") for name in ("q", "k", "v")] + [
+            ("bias", (B, H, S, -(-S // 16) * 16), 4, "the same; one for all layers of a stack where S is a multiple of 16"),
+            ("log of softmax's sum", (B, H, -(-S // 32) * 32), 4, "the same"), ("random state", (2,), 8, "the same map is dropped again"),
+            ("context", (B, S, inner), 4, "gradient of o's weight, and of softmax")]
     return [*rung, *norm("h", "q, k and v's weights"), *attention, dropped("o"), *norm("h'", "wi's weight"),
             ("dropout mask, wi", (B, S, d_ff), 1, "which elements were dropped"), ("relu", (B, S, d_ff), 4, "gradient of ReLU and of wo's weight: one tensor for both"),
             dropped("wo")]

@@ -10,6 +10,8 @@
 Bytes come from account.py.  --model, --method and what shapes a step (--batch-size, --attention, --checkpoint, ...) choose and change the rows.
 """
 import argparse
+import bisect
+import contextlib
 import gc
 import json
 import math
@@ -18,7 +20,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -37,6 +39,7 @@ SIZES = {  # the public T5 v1.0 checkpoints
     "t5-large": dict(d_model=1024, d_kv=64, d_ff=4096, num_layers=24, num_heads=16),
     "t5-3b": dict(d_model=1024, d_kv=128, d_ff=16384, num_layers=24, num_heads=32),
 }
+VOCABULARY = 32100  # the public files have 32,128 rows; the authors cut them to the tokenizer's
 KEEP = {"t5-base": [1, 2, 3, 5, 6, 7, 9, 10, 11], "t5-large": list(range(1, 24, 2)), "t5-3b": [23]}  # Table 1's LST rows (supplement, Table 2)
 METHODS = {"full": "full fine-tuning", "adapters": "adapters", "lora": "LoRA", "bitfit": "BitFit", "prompt": "prompt-tuning", "lst": "LST"}
 PAPER = {  # Table 1: memory of training and of inference
@@ -45,7 +48,108 @@ PAPER = {  # Table 1: memory of training and of inference
 }
 GB = 2**20 * 1000  # the paper's "GB" is 1000 MiB
 KINDS = ("weights", "gradients", "optimizer", "saved_activations", "temporary")
-SWEEPS = {"batch": (10, 25, 50, 75, 100), "length": (32, 64, 128, 256, 384, 512), "r": (2, 4, 8, 16, 32), "keep": (1, 3, 6, 9, 12)}
+
+
+# ---------------------------------------------------------------------------------------------------- Section 3.1, an MLP
+
+ACTIVATIONS = {"ReLU": torch.relu, "sigmoid": torch.sigmoid, "GELU": nn.functional.gelu}
+
+
+def mlp(method: str, activation: Callable[[Tensor], Tensor], N: int, B: int, D: int, r: int) -> tuple[int, int]:
+    """Bytes that N layers a_{i+1} = activation(W_{i+1} a_i + b_{i+1}) of width D keep for backward: (formula, count).
+
+    Eq. 1: the gradient of W_{i+1} needs a_i.  Eq. 2: that of a_i, and so of b_i, needs the derivative of each activation above.
+    To be called under torch.device("meta").
+    """
+    backbone, ladders = [nn.Linear(D, D) for _ in range(N)], [Ladder(D, D // r) for _ in range(N)]
+    side, down_input = [nn.Linear(D // r, D // r) for _ in range(N)], nn.Linear(D, D // r)
+    for layer in backbone:
+        layer.weight.requires_grad_(method == "full")
+        layer.bias.requires_grad_(method != "ladder")
+
+    def run() -> Tensor:
+        a = torch.randn(B, D)
+        h = down_input(a) if method == "ladder" else None
+        for i, layer in enumerate(backbone):
+            a = activation(layer(a))
+            if method == "ladder":
+                h = activation(side[i](ladders[i](h, a)))
+        return (a if h is None else h).sum()
+
+    full, narrow = 4 * B * D, 4 * B * D // r  # one activation of each width
+    from_input = activation is nn.functional.gelu  # GELU's derivative needs its input z_i; ReLU's and sigmoid's their output, which is a_i
+    formula = {
+        "full": (2 * N if from_input else N + 1) * full,  # a_0 ... a_{N-1}, and the derivatives: z_1 ... z_N, or a_N as well
+        "bias": N * full,  # the derivatives alone: z_1 ... z_N or a_1 ... a_N
+        # the backbone's a_0 ... a_N for down's weights; at each rung down(a), h and their mix, the derivatives, mu and 1 - mu
+        "ladder": (N + 1) * full + (3 * N + (N if from_input else 1)) * narrow + 8 * N,
+    }[method]
+    return formula, account.saved_bytes(run, [p for layer in [*backbone, *side, *ladders, down_input] for p in layer.parameters()])
+
+
+def show_section_3_1(N: int = 12, B: int = 100, D: int = 768, r: int = 8) -> list[dict]:
+    print(f"Section 3.1: {N} layers of width {D}, batch {B}; bytes kept for backward, formula = count by autograd's hooks\n")
+    print(f"{'':10}{'full fine-tuning':>24}{'biases alone':>24}{f'a ladder, r = {r}':>24}")
+    rows = []
+    for name, activation in ACTIVATIONS.items():
+        row, line = {"activation": name}, f"{name:10}"
+        for method in ("full", "bias", "ladder"):
+            with torch.device("meta"):
+                formula, counted = mlp(method, activation, N, B, D, r)
+            row |= {f"{method}_formula": formula, f"{method}_counted": counted}
+            cell = f"{formula:,} {'=' if formula == counted else '≠'} {counted:,}"
+            line += f"{cell:>24}"
+        rows.append(row)
+        print(line)
+    t5_base = T5Config(**SIZES["t5-base"], attention="eager")
+    ratio = account.formula_bytes(account.layer_formula(t5_base, 1, 128)) / (4 * 128 * t5_base.d_model)
+    # Paper: a ladder's memory is 1/r of (|a| + |derivatives|).  That leaves out the inputs of its down-projections, which have the backbone's width.
+    print(f"""
+Eq. 1 and 2 need {{a}} and the derivatives; training biases alone needs only the derivatives: "up to 50 %" less.  So it is for GELU.  For ReLU
+and sigmoid autograd keeps one tensor for both, a_{{i+1}}, and only the input is saved.  A ladder needs 1/r of either, and also all the {{a}}: the
+gradients of its down-projections read them.  In an MLP, which keeps little else, a ladder therefore saves nothing, or little.  A Transformer
+layer keeps {ratio:.0f} times its output, and of these the ladder reads one.
+""")
+    return rows
+
+
+DTYPES = {1: "bool", 4: "float32", 8: "int64"}  # by the bytes of an element
+
+
+def show_explain(args: argparse.Namespace) -> dict:
+    """One encoder layer of the backbone under full fine-tuning, and the side network's beside it."""
+    model, (B, S, _), found = args.model or "t5-base", args.batch, []
+    config = T5Config(**SIZES[model], attention=args.attention)
+    narrow = side_config(config, args.r)
+    for title, own, D in (("a backbone layer while all of it trains", config, None),
+                          (f"the side layer beside it, r = {args.r}", narrow, config.d_model)):
+        rows = account.layer_formula(own, B, S, D)
+        with torch.device("meta"):
+            stack = SideStack(own, D, [0, 1], is_decoder=False) if D else Stack(own, is_decoder=False)
+            h, h_backbone = torch.randn(B, S, own.d_model, requires_grad=True), torch.randn(B, S, config.d_model)
+            bias, _ = stack.train().biases(h, torch.ones(B, S, dtype=torch.bool), None, None)
+            counted = account.saved_bytes(lambda: stack.rung(0, h, h_backbone, bias) if D else stack.blocks[0](h, bias), stack.parameters())
+        formula = account.formula_bytes(rows)
+        print(f"{model}, batch {B}, source {S}, {args.attention} attention, train mode: {title}\n")
+        for what, shape, size, why in rows:
+            print(f"  {what:24}{str(list(shape)):24}{DTYPES[size]:9}{math.prod(shape) * size:>13,}  {why}")
+        print(f"  {'formula':57}{formula:>13,}  = 4 B S d x {formula / (4 * B * S * own.d_model):.1f}")
+        print(f"  {'counted by hooks':57}{counted:>13,}  {'equal' if counted == formula else 'NOT EQUAL'}\n")
+        tensors = [{"what": what, "shape": shape, "bytes": math.prod(shape) * size, "why": why} for what, shape, size, why in rows]
+        found.append({"layer": title, "formula": formula, "counted": counted, "tensors": tensors})
+    return {"rows": found}
+
+
+# ---------------------------------------------------------------------------------------------------------------- Table 1
+
+def kept(model: str) -> tuple[int, ...] | None:
+    return tuple(KEEP[model]) if model in KEEP else None
+
+
+@cache
+def parameters_of(config: T5Config) -> int:
+    with torch.device("meta"):
+        return sum(p.numel() for p in T5(config).parameters())
 
 
 @dataclass(frozen=True)
@@ -65,197 +169,82 @@ class Case:
 
     @property
     def label(self) -> str:
-        return f"{METHODS[self.method]}, {self.model[3:]}" + (" + checkpointing" if self.checkpoint else "") + (", bf16" if self.dtype == "bf16" else "") + (
-            f", {self.freeze} frozen" if self.freeze else "")
+        words = f"{METHODS[self.method]}, {self.model[3:]}" + " + checkpointing" * self.checkpoint
+        return words + ", bf16" * (self.dtype == "bf16") + (f", {self.freeze} frozen" if self.freeze else "")
+
+    @property
+    def config(self) -> T5Config:
+        return T5Config(**SIZES[self.model], vocab_size=VOCABULARY, attention=self.attention, checkpoint=self.checkpoint)
+
+    def check(self, on_cuda: bool = True) -> "Case":
+        """ValueError where sizes do not go together: before the first row is counted, not when this one's turn has come."""
+        N, narrow = self.config.num_layers, side_config(self.config, self.r)
+        check_keep(self.keep, self.config)
+        if self.freeze >= 2 * N:
+            raise ValueError(f"freeze is {self.freeze}, it must be from 0 to {2 * N - 1}, so that something is left to train")
+        if self.dtype == "bf16" and self.method == "full":
+            raise ValueError("--dtype bf16 is for a frozen backbone and full fine-tuning has none: name another --method")
+        if self.method == "lst" and self.attention == "fused" and narrow.d_kv % 4 and on_cuda:
+            raise ValueError(f"r is {self.r}: CUDA's fused kernel takes heads of a multiple of 4, the side network's would be {narrow.d_kv} wide; "
+                             "use --attention eager")
+        return self
 
     def build(self) -> nn.Module:
-        # The public files have 32,128 rows; the authors cut the vocabulary to the tokenizer's 32,100.
-        t5 = T5(T5Config(**SIZES[self.model], vocab_size=32100, attention=self.attention, checkpoint=self.checkpoint))
+        t5 = T5(self.config)
         if self.dtype == "bf16":
             t5 = t5.to(torch.bfloat16)
         if self.method == "lst":
             return LadderT5(t5, self.r, self.keep)
         return baselines.apply(t5, self.method, as_authors=self.as_authors, freeze=self.freeze)
 
-    def account(self, conventions: Sequence[str] = ()) -> dict:
+    def account(self, conventions: Sequence[str] = (), operations: bool = False) -> dict:
         """A row: bytes of training and of inference at batch 1, on the meta device."""
+        B, S, T = self.batch
         with torch.device("meta"):
-            net = self.build()
-            trained, inputs = sum(p.numel() for p in net.parameters() if p.requires_grad), account.make_batch(*self.batch, 32100)
-            own = sum(p.numel() for p in T5(T5Config(**SIZES[self.model], vocab_size=32100)).parameters())
-            row = {"method": self.method, "model": self.model, "label": self.label, "trainable_params": trained, "trainable_percent": 100 * trained / own}
-            row |= account.training_step(net, inputs, conventions)
-            inference = account.inference(net, account.make_batch(1, *self.batch[1:], 32100))
-        usual = replace(self, as_authors=False) == Case(self.method, self.model, keep=kept(self.model))
+            net, batch = self.build(), account.make_batch(B, S, T, VOCABULARY)
+            trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
+            step = account.training_step(net, batch, conventions)
+            inference = account.inference(net, account.make_batch(1, S, T, VOCABULARY))
+            flops = {"flops": account.flops(net, batch)} if operations else {}
+        usual = self == Case(self.method, self.model, keep=kept(self.model), as_authors=self.as_authors)
         paper, paper_inference = PAPER.get((self.method, self.model), (None, None)) if usual else (None, None)
-        return row | {"peak_paper_gb": row["peak"] / GB, "paper_gb": paper, "inference_peak_paper_gb": inference / GB, "paper_inference_gb": paper_inference}
+        return {"method": self.method, "model": self.model, "label": self.label, "trainable_params": trained,
+                "trainable_percent": 100 * trained / parameters_of(self.config), **step, "peak_paper_gb": step["peak"] / GB, "paper_gb": paper,
+                "inference_peak_paper_gb": inference / GB, "paper_inference_gb": paper_inference, **flops}
 
 
-def kept(model: str) -> tuple[int, ...] | None:
-    return tuple(KEEP[model]) if model in KEEP else None
-
-
-# ------------------------------------------------------------------------------------------------------------- arguments
-
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(__doc__)
-    story = parser.add_argument_group("what to show (default: Section 3.1, Table 1, what made our LST small)")
-    story.add_argument("--as-published", action="store_true", help="Table 1 under the conventions of its environment")
-    story.add_argument("--explain", action="store_true", help="the tensors that one layer keeps, with the reason")
-    story.add_argument("--sweep", choices=SWEEPS, help="the peak over batch, source length, r or number of kept layers")
-    story.add_argument("--fits", type=positive, metavar="GB", help="the largest batch of each method on a card of so many GB (2^30 bytes)")
-    story.add_argument("--time", action="store_true", help="seconds of a step on this machine")
-    step = parser.add_argument_group("the step")
-    step.add_argument("--table", type=int, choices=(1,), help="the rows of this table of the paper (default 1)")
-    step.add_argument("--model", choices=SIZES, help="all methods at this size, instead of Table 1's rows")
-    step.add_argument("--method", choices=METHODS, help="this method alone")
-    step.add_argument("--batch-size", type=positive, help="default: the paper's 100, or 8 with --time")
-    step.add_argument("--source-length", type=positive, default=128)
-    step.add_argument("--target-length", type=positive, default=2)
-    step.add_argument("--r", type=positive, default=8)
-    step.add_argument("--keep", type=lambda text: text if text == "all" else layers(text), help="0-based layers of the ladder, or all (default: Table 1's; with --time all)")
-    step.add_argument("--freeze", type=whole, default=0, metavar="K", help="the baselines' lowest K layers stay as they are (Fig. 6)")
-    step.add_argument("--attention", choices=("eager", "fused"), default="eager", help="of every row (default eager, as the paper's)")
-    step.add_argument("--checkpoint", action="store_true", help="gradient checkpointing of every row: of backbone blocks, LST's of side blocks")
-    step.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the frozen backbone")
-    step.add_argument("--as-authors", action="store_true", help="LoRA with the authors' biases, prompts from noise")
-    step.add_argument("--device", choices=("meta", "cuda"), default="meta", help="cuda: also run each row and read CUDA's peak")
-    step.add_argument("--rounds", type=positive, default=3, help="of --time, two timed steps each (default 3)")
-    files = parser.add_argument_group("files")
-    files.add_argument("--json", help="also write what was found to this file")
-    files.add_argument("--plot", help="also draw it, as SVG; for tables and --sweep")
-    args = parser.parse_args(argv)
-    modes = [name for name in ("as_published", "explain", "sweep", "fits", "time") if getattr(args, name)]
-    given = {action.dest for action in step._group_actions if getattr(args, action.dest) != action.default}
-    if len(modes) > 1:
-        parser.error(f"--{modes[0].replace('_', '-')} and --{modes[1]} are two stories: ask for one at a time")
-    everything = {action.dest for action in step._group_actions}
-    read = {"as_published": {"table", "method"}, "explain": {"model", "batch_size", "source_length", "r", "attention"},
-            "time": {"model", "batch_size", "source_length", "target_length", "r", "keep", "attention", "rounds"},
-            "fits": everything - {"batch_size", "device", "rounds"},
-            "sweep": everything - {"table", "device", "rounds"} - ({"freeze", "as_authors", args.sweep} if args.sweep in ("r", "keep") else
-                                                                  {"batch_size" if args.sweep == "batch" else "source_length"})}
-    idle = given - (read[modes[0]] if modes else everything - {"rounds"})
-    idle |= given & ({"r", "keep"} if args.method not in (None, "lst") else set())
-    idle |= given & ({"freeze"} if args.method in ("lst", "prompt") else set()) | given & ({"as_authors"} if args.method not in (None, "lora", "prompt") else set())
-    if idle:
-        parser.error(f"--{min(idle).replace('_', '-')} has no part in what is asked for here{f' (--{modes[0]})'.replace('_', '-') if modes else ''}: leave it out")
-    if args.sweep in ("r", "keep") and args.method not in (None, "lst"):
-        parser.error(f"--sweep {args.sweep} is about the ladder: leave --method {args.method} out")
-    if args.json and args.plot and Path(args.json).absolute() == Path(args.plot).absolute():
-        parser.error("--json and --plot name the same file")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch sees no CUDA device here; leave it out, the account needs none")
-    if args.dtype == "bf16" and args.method in (None, "full"):
-        parser.error("--dtype bf16 is for a frozen backbone and full fine-tuning has none: name another --method")
-    if args.plot and (args.explain or args.fits or args.time):
-        parser.error("--plot draws a table or a --sweep: leave it out here")
-    for name in ("json", "plot"):
-        path = getattr(args, name)
-        folder = Path(path or "").absolute().parent
-        if path and (Path(path).is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK)):
-            parser.error(f"--{name} {path} cannot be written: name a file in a folder that is there")
-    args.batch = args.batch_size or (8 if args.time else 100), args.source_length, args.target_length
-    try:
-        for case in cases(args):
-            config = T5Config(**SIZES[case.model])
-            side_config(config, case.r)
-            check_keep(case.keep, config)
-            if not 0 <= args.freeze < 2 * config.num_layers:
-                raise ValueError(f"freeze is {args.freeze}, it must be from 0 to {2 * config.num_layers - 1}, so that something is left to train")
-            if case.method == "lst" and case.attention == "fused" and config.d_kv // case.r % 4 and not args.time:
-                raise ValueError(f"r is {case.r}: CUDA's fused kernel takes heads of a multiple of 4, the side network's would be {config.d_kv // case.r} wide; use --attention eager")
-    except ValueError as error:
-        parser.error(str(error))
-    return args
-
-
-def cases(args: argparse.Namespace) -> list[Case]:
-    """The rows that the command line asks for."""
-    which = [(method, args.model) for method in METHODS] if args.model else list(PAPER)
-    which = [(method, model) for method, model in which if args.method in (None, method)]
-    made = []
-    for method, model in which:
-        keep = kept(model) if args.keep is None else None if args.keep == "all" else tuple(args.keep)
-        made.append(Case(method, model, args.r, keep if method == "lst" else kept(model), args.freeze if method not in ("lst", "prompt") else 0,
-                         args.attention, args.checkpoint, args.dtype, args.as_authors, args.batch))
-    return made
-
-
-# ---------------------------------------------------------------------------------------------------- Section 3.1, an MLP
-
-ACTIVATIONS = {"ReLU": torch.relu, "sigmoid": torch.sigmoid, "GELU": nn.functional.gelu}
-
-
-def mlp(method: str, activation: Callable[[Tensor], Tensor], N: int, B: int, D: int, r: int) -> tuple[int, int]:
-    """Bytes that N layers a_{i+1} = activation(W_{i+1} a_i + b_{i+1}) of width D keep for backward: (formula, count).
-
-    Eq. 1: the gradient of W_{i+1} needs a_i.  Eq. 2: that of a_i, and so of b_i, needs the derivative of each activation above.
-    To be called under torch.device("meta").
-    """
-    backbone = [nn.Linear(D, D) for _ in range(N)]
-    side, down_input, ladders = [nn.Linear(D // r, D // r) for _ in range(N)], nn.Linear(D, D // r), [Ladder(D, D // r) for _ in range(N)]
-    for layer in backbone:
-        layer.weight.requires_grad_(method == "full")
-        layer.bias.requires_grad_(method != "ladder")
-
-    def run() -> Tensor:
-        a = torch.randn(B, D)
-        h = down_input(a) if method == "ladder" else None
-        for i, layer in enumerate(backbone):
-            a = activation(layer(a))
-            if method == "ladder":
-                h = activation(side[i](ladders[i](h, a)))
-        return (a if h is None else h).sum()
-
-    full, narrow = 4 * B * D, 4 * B * D // r  # one activation of each width
-    derivatives = N * (activation is nn.functional.gelu)  # GELU's derivative needs its input; ReLU's and sigmoid's their output, which is a_{i+1}
-    if method == "full":
-        formula = (N + derivatives) * full + (0 if derivatives else full)  # a_0 ... a_{N-1}, and the derivatives: z_1 ... z_N, or a_N as well
-    elif method == "bias":
-        formula = N * full  # the derivatives alone: z_1 ... z_N or a_1 ... a_N
-    else:  # the backbone's a_0 ... a_N for down's weights; at each rung down(a), h and their mix, the derivatives, mu and 1 - mu
-        formula = (N + 1) * full + (3 * N + (derivatives or 1)) * narrow + 8 * N
-    return formula, account.saved_bytes(run, [p for layer in [*backbone, *side, *ladders, down_input] for p in layer.parameters()])
-
-
-def show_section_3_1(N: int = 12, B: int = 100, D: int = 768, r: int = 8) -> list[dict]:
-    rows = []
-    with torch.device("meta"):
-        for name, activation in ACTIVATIONS.items():
-            row = {"activation": name}
-            for method in ("full", "bias", "ladder"):
-                row[f"{method}_formula"], row[f"{method}_counted"] = mlp(method, activation, N, B, D, r)
-            rows.append(row)
-    print(f"Section 3.1: {N} layers of width {D}, batch {B}; bytes kept for backward, formula = count by autograd's hooks\n")
-    print(f"{'':10}{'full fine-tuning':>24}{'biases alone':>24}{f'a ladder, r = {r}':>24}")
+def show_rows(rows: list[dict]) -> None:
+    print("units of 1000 MiB                         trained  weights  grads   Adam  saved  temp.    peak  paper   infer  paper    TFLOP")
     for row in rows:
-        cells = [f"{row[f'{method}_formula']:,} {'=' if row[f'{method}_formula'] == row[f'{method}_counted'] else '≠'} {row[f'{method}_counted']:,}" for method in ("full", "bias", "ladder")]
-        print(f"{row['activation']:10}" + "".join(f"{cell:>24}" for cell in cells))
-    # Paper: a ladder's memory is 1/r of (|a| + |derivatives|).  That leaves out the inputs of its down-projections, which have the backbone's width.
-    print("\nEq. 1 and 2 need {a} and the derivatives; training biases alone needs only the derivatives: \"up to 50 %\" less.  So it is for GELU.  For ReLU"
-          "\nand sigmoid autograd keeps one tensor for both, a_{i+1}, and only the input is saved.  A ladder needs 1/r of either, and also all the {a}: the"
-          "\ngradients of its down-projections read them.  In an MLP, which keeps little else, a ladder therefore saves nothing, or little.  A Transformer"
-          f"\nlayer keeps {transformer_ratio():.0f} times its output, and of these the ladder reads one.\n")
-    return rows
+        kinds = "".join(f"{row[kind] / GB:>{width}.2f}" for kind, width in zip(KINDS, (9, 7, 7, 7, 7)))
+        measured = f"  measured {row['measured_peak'] / GB:.2f}" if row.get("measured_peak") else "  does not fit" if "measured_peak" in row else ""
+        print(f"{row['label']:40}{row['trainable_percent']:>7.2f} %{kinds}{row['peak'] / GB:>8.2f}{row['paper_gb'] or '':>7}"
+              f"{row['inference_peak_paper_gb']:>8.2f}{row['paper_inference_gb'] or '':>7}{row['flops'] / 1e12:>9.1f}{measured}")
+    print()
+    most = max(row["peak"] for row in rows)
+    for row in rows:  # what the eye compares
+        print(f"{row['label']:40}" + "".join(plot.bar(row[kind], most, mark) for kind, mark in zip(KINDS, "░▒▓█·")))
+    print(f"{'':40}░ weights  ▒ gradients  ▓ Adam  █ saved activations  · temporary\n")
 
 
-def transformer_ratio() -> float:
-    config = T5Config(**SIZES["t5-base"], attention="eager")
-    return account.formula_bytes(account.layer_formula(config, 1, 128)) / (4 * 128 * config.d_model)
-
-
-# ---------------------------------------------------------------------------------------------------------------- tables
-
-def count(wanted: list[Case], args: argparse.Namespace, conventions: Sequence[str] = ()) -> list[dict]:
-    rows, progress = [], Progress("accounts", len(wanted))
-    for done, case in enumerate(wanted, 1):
-        rows.append(case.account(conventions))
-        with torch.device("meta"):
-            rows[-1]["flops"] = account.flops(case.build(), account.make_batch(*case.batch, 32100))
+def show_table(args: argparse.Namespace, wanted: list[Case]) -> list[dict]:
+    rows, progress, (B, S, T) = [], Progress("accounts", len(wanted)), args.batch
+    for case in wanted:
+        rows.append(case.account(list(account.CONVENTIONS) if args.as_published else (), operations=True))
         if args.device == "cuda":
             rows[-1]["measured_peak"] = measure_cuda(case)
-        progress.step(done, case.label)
+        progress.step(len(rows), case.label)
+    title = "training steps" if args.model or args.method or args.freeze or args.keep or args.batch != (100, 128, 2) else "Table 1"
+    print(f"\n{title}{' as published' * args.as_published}: batch {B}, source {S}, target {T}, {args.attention} attention, {args.dtype}; "
+          "inference at batch 1\n")
+    show_rows(rows)
+    if args.plot:
+        title = f"Peak of a training step, batch {B}, source {S}, {args.attention} attention, units of 1000 MiB; mark: the paper"
+        bars = [(row["label"], [row[kind] / GB for kind in KINDS], row["paper_gb"]) for row in rows]
+        plot.stacked_bars(args.plot, title, [kind.replace("_", " ") for kind in KINDS], bars)
+    if args.as_published:
+        print("conventions: batch 100, source 128, target 2; eager attention, float32; 32,100 words; a GB is 1000 MiB; LoRA with the authors' biases; and")
+        print("\n".join(f"  - {words}" for words in account.CONVENTIONS.values()))
     return rows
 
 
@@ -265,8 +254,7 @@ def measure_cuda(case: Case) -> int | None:
     torch.cuda.empty_cache()
     try:
         with torch.device("cuda"):
-            net, batch = case.build(), account.make_batch(*case.batch, 32100)
-        step = step_of(net, batch)
+            step = step_of(case.build(), account.make_batch(*case.batch, VOCABULARY))
         step()
         torch.cuda.reset_peak_memory_stats()
         step()
@@ -276,120 +264,109 @@ def measure_cuda(case: Case) -> int | None:
         return None
 
 
-def show(rows: list[dict]) -> None:
-    print(f"{'units of 1000 MiB':40}{'trained':>9}{'weights':>9}{'grads':>7}{'Adam':>7}{'saved':>7}{'temp.':>7}{'peak':>8}{'paper':>7}{'infer':>8}{'paper':>7}{'TFLOP':>9}")
-    most = max(row["peak"] for row in rows)
-    for row in rows:
-        paper, paper_inference = f"{row['paper_gb']:.1f}" if row["paper_gb"] else "", f"{row['paper_inference_gb']:.2f}" if row["paper_inference_gb"] else ""
-        measured = "" if "measured_peak" not in row else f"  measured {row['measured_peak'] / GB:.2f}" if row["measured_peak"] else "  does not fit"
-        numbers = "".join(f"{row[kind] / GB:>{width}.2f}" for kind, width in zip(KINDS, (9, 7, 7, 7, 7)))
-        print(f"{row['label']:40}{row['trainable_percent']:>7.2f} %{numbers}{row['peak'] / GB:>8.2f}{paper:>7}{row['inference_peak_paper_gb']:>8.2f}{paper_inference:>7}"
-              f"{row['flops'] / 1e12:>9.1f}{measured}")
-    print()
-    for row in rows:  # what the eye compares
-        print(f"{row['label']:40}" + "".join(mark * round(60 * row[kind] / most) for kind, mark in zip(KINDS, "░▒▓█·")))
-    print(f"{'':40}░ weights  ▒ gradients  ▓ Adam  █ saved activations  · temporary\n")
+def show_tables(args: argparse.Namespace) -> dict:
+    """Table 1, or the rows that were asked for; by default with Section 3.1, rows with checkpointing, and what made our LST small."""
+    wanted = cases(args)
+    if any((args.as_published, args.model, args.method, args.checkpoint, args.freeze, args.keep, args.device == "cuda")):
+        return {"rows": show_table(args, wanted)}
+    section_3_1 = show_section_3_1(r=args.r)
+    wanted += [replace(case, checkpoint=True) for case in wanted if case.method in ("full", "lora", "lst") and case.model == "t5-base"]
+    rows = show_table(args, wanted)
+    of = {row["label"]: row for row in rows}
+    lora, again, lst, lst_again = (of[label] for label in ("LoRA, base", "LoRA, base + checkpointing", "LST, base", "LST, base + checkpointing"))
+    print(f"With checkpointing LoRA comes down to {again['peak'] / GB:.2f}, below LST without it ({lst['peak'] / GB:.2f}); LST with it needs "
+          f"{lst_again['peak'] / GB:.2f}.  What remains is time:\nLoRA takes {lora['flops'] / lst['flops']:.1f} times LST's operations, and with "
+          f"checkpointing, a second forward pass of the backbone, {again['flops'] / lst_again['flops']:.1f} times.\n")
+    tricks = show_tricks(args)
+    print("more: --as-published  --explain  --sweep length  --fits 12  --time  --attention fused")
+    return {"rows": rows, "section_3_1": section_3_1, "tricks": tricks}
 
 
-def draw(rows: list[dict], path: str | None, title: str) -> None:
-    if path:
-        plot.stacked_bars(path, title, [kind.replace("_", " ") for kind in KINDS], [(row["label"], [row[kind] / GB for kind in KINDS], row["paper_gb"]) for row in rows])
+TRICKS = {  # what each step does: a convention of Table 1's environment that it leaves, or what it changes in the case
+    "torch of today: softmax keeps its output alone": "softmax",
+    "gradients are freed after each step": "gradients",
+    "no key/value cache while training": "cache",
+    "one kernel for a norm": "norm",
+    "dropout before ReLU: one tensor serves both": "feed-forward",
+    "attention maps without a dropout mask": "mask",
+    "fused attention: the map is computed again": {"attention": "fused"},
+    "--checkpoint: so is the rest of a side block": {"checkpoint": True},
+    "bf16 backbone: half the weights and rung inputs": {"dtype": "bf16"},
+}
 
 
 def show_tricks(args: argparse.Namespace) -> list[dict]:
     """What makes our LST smaller than the published one, one step at a time."""
-    lst, rows, remaining = Case("lst", r=args.r, keep=kept("t5-base"), batch=args.batch), [], list(account.CONVENTIONS)
-    steps: list[tuple[str, list[str], Case]] = [("as published", list(remaining), lst)]
-    for words, convention in (("torch of today: softmax keeps its output alone", "softmax"), ("gradients are freed after each step", "gradients"),
-                              ("no key/value cache while training", "cache"), ("one kernel for a norm", "norm"), ("dropout before ReLU: one tensor serves both", "feed-forward"), ("attention maps without a dropout mask", "mask")):
-        remaining.remove(convention)
-        steps.append((words, list(remaining), lst))
-    for words, change in (("fused attention: the map is computed again", {"attention": "fused"}), ("--checkpoint: so is the rest of a side block", {"checkpoint": True}),
-                          ("bf16 backbone: half the weights and rung inputs", {"dtype": "bf16"})):
-        lst = replace(lst, **change)
-        steps.append((words, [], lst))
+    lst, conventions, rows = Case("lst", r=args.r, keep=kept("t5-base"), batch=args.batch), list(account.CONVENTIONS), []
     print(f"LST on T5-base, r = {args.r}, {len(lst.keep)} layers, batch {args.batch[0]}: what each step brings, units of 1000 MiB\n")
-    for words, conventions, case in steps:
-        rows.append(case.account(conventions) | {"step": words})
-        print(f"{words:52}{rows[-1]['peak'] / GB:6.2f}  {'█' * round(60 * rows[-1]['peak'] / rows[0]['peak'])}", flush=True)
+    for words, trick in {"as published": {}, **TRICKS}.items():
+        if isinstance(trick, str):
+            conventions.remove(trick)
+        else:
+            lst = replace(lst, **trick)
+        rows.append(lst.account(conventions) | {"step": words})
+        print(f"{words:52}{rows[-1]['peak'] / GB:6.2f}  {plot.bar(rows[-1]['peak'], rows[0]['peak'])}", flush=True)
     print()
     return rows
 
 
-def show_explain(args: argparse.Namespace) -> list[dict]:
-    """One encoder layer of the backbone under full fine-tuning, and the side network's beside it."""
-    model, (B, S, _), found = args.model or "t5-base", args.batch, []
-    config = T5Config(**SIZES[model], attention=args.attention)
-    narrow = side_config(config, args.r)
-    for title, own, D in (("a backbone layer while all of it trains", config, None), (f"the side layer beside it, r = {args.r}", narrow, config.d_model)):
-        rows = account.layer_formula(own, B, S, D)
-        with torch.device("meta"):
-            stack = SideStack(own, D, [0, 1], is_decoder=False) if D else Stack(own, is_decoder=False)
-            h, h_backbone = torch.randn(B, S, own.d_model, requires_grad=True), torch.randn(B, S, config.d_model)
-            bias, _ = stack.train().biases(h, torch.ones(B, S, dtype=torch.bool), None, None)
-            counted = account.saved_bytes(lambda: stack.rung(0, h, h_backbone, bias) if D else stack.blocks[0](h, bias), stack.parameters())
-        total = account.formula_bytes(rows)
-        print(f"{model}, batch {B}, source {S}, {args.attention} attention, train mode: {title}\n")
-        for what, shape, size, why in rows:
-            print(f"  {what:24}{str(list(shape)):24}{'float32' if size == 4 else 'bool' if size == 1 else 'int64':9}{math.prod(shape) * size:>13,}  {why}")
-        print(f"  {'formula':57}{total:>13,}  = 4 B S d x {total / (4 * B * S * own.d_model):.1f}\n  {'counted by hooks':57}{counted:>13,}  {'equal' if counted == total else 'NOT EQUAL'}\n")
-        found.append({"layer": title, "formula": total, "counted": counted, "tensors": [{"what": what, "shape": shape, "bytes": math.prod(shape) * size, "why": why} for what, shape, size, why in rows]})
-    return found
+# -------------------------------------------------------------------------------------------------- sweeps, and what fits
+
+SWEEPS = {"batch": (10, 25, 50, 75, 100), "length": (32, 64, 128, 256, 384, 512), "r": (2, 4, 8, 16, 32), "keep": (1, 3, 6, 9, 12)}
+AXES = {"batch": "batch", "length": "source length", "r": "reduction factor r", "keep": "side layers kept in encoder and decoder"}
 
 
-def show_sweep(args: argparse.Namespace) -> list[dict]:
+def show_sweep(args: argparse.Namespace) -> dict:
     """Peaks of full fine-tuning, LoRA and LST over what --sweep names."""
-    model, (B, S, T) = args.model or "t5-base", args.batch
+    model, (B, S, T), wanted, rows = args.model or "t5-base", args.batch, {}, []
+    methods = [args.method] if args.method else ["lst"] if args.sweep in ("r", "keep") else ["full", "lora", "lst"]
     N = SIZES[model]["num_layers"]
-    methods = [method for method in (("lst",) if args.sweep in ("r", "keep") else ("full", "lora", "lst")) if args.method in (None, method)] or [args.method]
-    values = [value for value in SWEEPS[args.sweep] if args.sweep != "keep" or value <= N]
-    values = [value for value in values if args.sweep != "r" or not any(SIZES[model][key] % value for key in ("d_model", "d_kv", "d_ff")) and (args.attention == "eager" or SIZES[model]["d_kv"] // value % 4 == 0)]
-    rows, progress = [], Progress("accounts", len(values) * len(methods))
-    for value in values:
-        for case in cases(argparse.Namespace(**vars(args) | {"model": model})):
-            if case.method in methods:
-                change = {"batch": {"batch": (value, S, T)}, "length": {"batch": (B, value, T)}, "r": {"r": value},
-                          "keep": {"keep": tuple((i + 1) * N // value - 1 for i in range(value))}}[args.sweep]  # evenly spread, the last one among them
-                rows.append({args.sweep: value} | replace(case, **change).account())
-                progress.step(len(rows))
+    for value in SWEEPS[args.sweep]:
+        change = {"batch": {"batch": (value, S, T)}, "length": {"batch": (B, value, T)}, "r": {"r": value},
+                  "keep": {"keep": tuple((i + 1) * N // value - 1 for i in range(value))}}[args.sweep]  # evenly spread, the last one among them
+        with contextlib.suppress(ValueError):  # an r that does not divide this model's sizes, more layers than it has
+            wanted[value] = [replace(case_of(args, method, model), **change).check() for method in methods]
+    progress = Progress("accounts", len(wanted) * len(methods))
+    for value in wanted:
+        for case in wanted[value]:
+            rows.append({args.sweep: value} | case.account())
+            progress.step(len(rows))
     series = {METHODS[method]: [row["peak"] / GB for row in rows if row["method"] == method] for method in methods}
     most = max(max(peaks) for peaks in series.values())
     print(f"\n{model}, {args.attention} attention{', checkpointing' * args.checkpoint}: the peak of a step in units of 1000 MiB\n")
-    for i, value in enumerate(values):
+    for i, value in enumerate(wanted):
         for name, peaks in series.items():
             ratio = f"  full / LST {series[METHODS['full']][i] / peaks[i]:.2f}" if name == "LST" and len(series) == 3 else ""
-            print(f"{args.sweep} {value:<5}{name:18}{peaks[i]:7.2f}  {'█' * round(60 * peaks[i] / most)}{ratio}")
+            print(f"{args.sweep} {value:<5}{name:18}{peaks[i]:7.2f}  {plot.bar(peaks[i], most)}{ratio}")
     if args.plot:
-        names = {"batch": "batch", "length": "source length", "r": "reduction factor r", "keep": "side layers kept in encoder and decoder"}
-        plot.lines(args.plot, f"Peak of a training step, {model}, {args.attention} attention, units of 1000 MiB", names[args.sweep], values, series)
-    return rows
+        title = f"Peak of a training step, {model}, {args.attention} attention, units of 1000 MiB"
+        plot.lines(args.plot, title, AXES[args.sweep], list(wanted), series)
+    return {"rows": rows}
 
 
-def show_fits(args: argparse.Namespace) -> list[dict]:
+def show_fits(args: argparse.Namespace) -> dict:
     """The largest batch whose step stays within the card, by bisection on the account."""
     limit, rows, wanted = args.fits * 2**30, [], cases(args)
-    progress = Progress("methods", len(wanted))
-    for done, case in enumerate(wanted, 1):
-        def fits(B: int) -> bool:
-            with torch.device("meta"):
-                batch = (B, *case.batch[1:])
-                return account.training_step(case.build(), account.make_batch(*batch, 32100))["peak"] <= limit
+    progress, (_, S, T) = Progress("methods", len(wanted)), args.batch
+    for case in wanted:
+        with torch.device("meta"):
+            net, high = case.build(), 16
 
-        low, high = 0, 16
-        while fits(high):
-            low, high = high, 4 * high
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if fits(middle) else (low, middle)
-        rows.append({"method": case.method, "model": case.model, "label": case.label, "largest_batch": low})
-        progress.step(done, case.label)
-    most = max(row["largest_batch"] for row in rows) or 1
-    print(f"\nthe largest batch in {args.fits} GB (2^30 bytes each), source {case.batch[1]}, target {case.batch[2]}, {args.attention} attention\n")
+            def peak(B: int) -> int:
+                return account.training_step(net, account.make_batch(B, S, T, VOCABULARY))["peak"]
+
+            while peak(high) <= limit:
+                high *= 4
+            largest = bisect.bisect_right(range(1, high), limit, key=peak)  # so many of 1, 2, ... fit
+        rows.append({"method": case.method, "model": case.model, "label": case.label, "largest_batch": largest})
+        progress.step(len(rows), case.label)
+    most = max(row["largest_batch"] for row in rows)
+    print(f"\nthe largest batch in {args.fits} GB (2^30 bytes each), source {S}, target {T}, {args.attention} attention\n")
     for row in rows:
-        bar = "█" * round(60 * row["largest_batch"] / most) if row["largest_batch"] else "not even one row fits"
-        print(f"{row['label']:40}{row['largest_batch']:>7}  {bar}")
+        largest = row["largest_batch"]
+        print(f"{row['label']:40}{largest:>7}  {plot.bar(largest, most) if largest else 'not even one row fits'}")
     print("\nNot in the account: the CUDA context, about 0.5 GB, and fragmentation.")
-    return rows
+    return {"rows": rows}
 
 
 # --------------------------------------------------------------------------------------------------------------- seconds
@@ -409,27 +386,23 @@ def step_of(net: nn.Module, batch: account.Batch) -> Callable[[], None]:
     return step
 
 
-def show_seconds(args: argparse.Namespace) -> list[dict]:
+def show_seconds(args: argparse.Namespace) -> dict:
     """Median seconds of steps, taken in turns in one process: in each round four of a kind, of which the last two are timed."""
-    model = args.model or "t5-base"
-    keep = None if args.keep in (None, "all") else args.keep
-    lst = Case("lst", model, args.r, keep, 0, args.attention, False, batch=args.batch)
-    batch, net, lora, full = account.make_batch(*args.batch, 32100), lst.build(), replace(lst, method="lora").build(), replace(lst, method="full").build()
-    plain = {"LST": step_of(net, batch), "LoRA": step_of(lora, batch), "full fine-tuning": step_of(full, batch)}
+    model, keep = args.model or "t5-base", None if args.keep in (None, "all") else args.keep
+    lst, batch = Case("lst", model, args.r, keep, attention=args.attention), account.make_batch(*args.batch, VOCABULARY)
+    nets = {METHODS[method]: replace(lst, method=method).build() for method in ("lst", "lora", "full")}
+    steps = {name: step_of(net, batch) for name, net in nets.items()}
 
+    @torch.no_grad()
     def forward() -> None:
-        with torch.no_grad():
-            account.loss_of(net.backbone, batch)
+        account.loss_of(nets["LST"].backbone, batch)
 
-    def checkpointing(name: str) -> None:
-        stacks = [stack for model in (net, lora, full) for stack in (model.encoder, model.decoder)]
-        for stack in stacks:
-            stack.checkpoint = True
-        plain[name]()
-        for stack in stacks:
-            stack.checkpoint = False
+    def step(name: str, checkpoint: bool) -> None:
+        nets[name].encoder.checkpoint = nets[name].decoder.checkpoint = checkpoint
+        steps[name]()
 
-    runs = {"backbone forward, no dropout": forward, **plain, **{f"{name} + checkpointing": partial(checkpointing, name) for name in plain}}
+    runs = {"backbone forward, no dropout": forward, **{name: partial(step, name, False) for name in nets}}
+    runs |= {f"{name} + checkpointing": partial(step, name, True) for name in nets}
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     progress = Progress("steps", args.rounds * len(runs))
     for _ in range(args.rounds):
@@ -442,58 +415,111 @@ def show_seconds(args: argparse.Namespace) -> list[dict]:
                 seconds[name].append(time.perf_counter() - start)
             progress.step(sum(map(len, seconds.values())) // 2, name)
     middle = {name: statistics.median(values) for name, values in seconds.items()}
-    print(f"\n{model}'s sizes, random weights, batch {args.batch[0]}, source {args.batch[1]}, target {args.batch[2]}, fp32, {args.attention} attention, "
-          f"LST: r = {args.r}, {len(keep) if keep else 'all'} layers\n{hardware('cpu')}, torch {torch.__version__}, median of {2 * args.rounds} steps (fastest, slowest)\n")
+    B, S, T = args.batch
+    print(f"\n{model}'s sizes, random weights, batch {B}, source {S}, target {T}, fp32, {args.attention} attention, LST: r = {args.r}, "
+          f"{len(keep) if keep else 'all'} layers\n{hardware('cpu')}, torch {torch.__version__}, median of {2 * args.rounds} steps (fastest, slowest)\n")
     for name, values in seconds.items():
-        print(f"{name:34}{middle[name]:7.3f} s  ({min(values):.3f}, {max(values):.3f})  {'█' * round(50 * middle[name] / max(middle.values()))}")
+        print(f"{name:34}{middle[name]:7.3f} s  ({min(values):.3f}, {max(values):.3f})  {plot.bar(middle[name], max(middle.values()), width=50)}")
     print()
     for one, other in (("LST", "full fine-tuning"), ("LST", "backbone forward, no dropout"), ("LST + checkpointing", "LoRA + checkpointing")):
         print(f"{one} takes {middle[one] / middle[other]:.2f} of {other}")
-    return [{"method": name, "model": model, "seconds": middle[name], "fastest": min(values), "slowest": max(values)} for name, values in seconds.items()]
+    return {"rows": [{"method": name, "model": model, "seconds": middle[name], "fastest": min(values), "slowest": max(values)}
+                     for name, values in seconds.items()]}
+
+
+# ---------------------------------------------------------------------------------------------------------- command line
+
+ROW = {"model", "method", "source_length", "target_length", "r", "keep", "freeze", "attention", "checkpoint", "dtype", "as_authors"}
+READS = {  # what each story reads, beside --table and --json; any other option would be ignored, so it is refused
+    "as_published": {"method", "plot"},
+    "explain": {"model", "batch_size", "source_length", "r", "attention"},
+    "sweep": ROW | {"batch_size", "plot"},
+    "fits": ROW,
+    "time": {"model", "batch_size", "source_length", "target_length", "r", "keep", "attention", "rounds"},
+    "tables": ROW | {"batch_size", "device", "plot"},
+}
+READ_BY = {"r": {"lst"}, "keep": {"lst"}, "freeze": {"full", "adapters", "lora", "bitfit"}, "as_authors": {"lora", "prompt"}}  # not by every method
+SWEPT = {"batch": "batch_size", "length": "source_length", "r": "r", "keep": "keep"}  # the option whose place a sweep takes
+
+
+def new_file(text: str) -> Path:
+    path = Path(text).absolute()
+    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be written: name a file in a folder that is there")
+    return path
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = Parser(__doc__)
+    stories = parser.add_argument_group("what to show (default: Section 3.1, Table 1, what made our LST small)").add_mutually_exclusive_group()
+    stories.add_argument("--as-published", action="store_true", help="Table 1 under the conventions of its environment")
+    stories.add_argument("--explain", action="store_true", help="the tensors that one layer keeps, with the reason")
+    stories.add_argument("--sweep", choices=SWEEPS, help="the peak over batch, source length, r or number of kept layers")
+    stories.add_argument("--fits", type=positive, metavar="GB", help="the largest batch of each method on a card of so many GB (2^30 bytes)")
+    stories.add_argument("--time", action="store_true", help="seconds of a step on this machine")
+    step = parser.add_argument_group("the step")
+    step.add_argument("--table", type=int, choices=(1,), help="the rows of this table of the paper (default 1)")
+    step.add_argument("--model", choices=SIZES, help="all methods at this size, instead of Table 1's rows")
+    step.add_argument("--method", choices=METHODS, help="this method alone")
+    step.add_argument("--batch-size", type=positive, help="default: the paper's 100, or 8 with --time")
+    step.add_argument("--source-length", type=positive, default=128)
+    step.add_argument("--target-length", type=positive, default=2)
+    step.add_argument("--r", type=positive, default=8)
+    step.add_argument("--keep", type=lambda text: text if text == "all" else layers(text),
+                      help="0-based layers of the ladder, or all (default: Table 1's; with --time all)")
+    step.add_argument("--freeze", type=whole, default=0, metavar="K", help="the baselines' lowest K layers stay as they are (Fig. 6)")
+    step.add_argument("--attention", choices=("eager", "fused"), default="eager", help="of every row (default eager, as the paper's)")
+    step.add_argument("--checkpoint", action="store_true", help="gradient checkpointing of every row: of backbone blocks, LST's of side blocks")
+    step.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the frozen backbone")
+    step.add_argument("--as-authors", action="store_true", help="LoRA with the authors' biases, prompts from noise")
+    step.add_argument("--device", choices=("meta", "cuda"), default="meta", help="cuda: also run each row and read CUDA's peak")
+    step.add_argument("--rounds", type=positive, default=3, help="of --time, two timed steps each (default 3)")
+    files = parser.add_argument_group("files")
+    files.add_argument("--json", type=new_file, help="also write what was found to this file")
+    files.add_argument("--plot", type=new_file, help="also draw it, as SVG; for tables and --sweep")
+    args = parser.parse_args(argv)
+
+    story = next(name for name in READS if getattr(args, name, name == "tables"))
+    method = "lst" if args.sweep in ("r", "keep") else args.method
+    if args.method not in (None, method):
+        parser.error(f"--sweep {args.sweep} is about the ladder: leave --method {args.method} out")
+    given = {name for name, value in vars(args).items() if value != parser.get_default(name)} - {story, "table", "json"}
+    read = {name for name in READS[story] if method is None or method in READ_BY.get(name, METHODS)} - {SWEPT.get(args.sweep)}
+    if idle := given - read:
+        parser.error(f"--{min(idle)} has no part in what is asked for here{f' (--{story})' * (story != 'tables')}: leave it out".replace("_", "-"))
+    if args.json and args.json == args.plot:
+        parser.error("--json and --plot name the same file")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no CUDA device here; leave it out, the account needs none")
+    args.batch = args.batch_size or (8 if args.time else 100), args.source_length, args.target_length
+    try:
+        for case in cases(args):
+            case.check(on_cuda=not args.time)
+    except ValueError as error:
+        parser.error(str(error))
+    return args
+
+
+def case_of(args: argparse.Namespace, method: str, model: str) -> Case:
+    keep = kept(model) if method != "lst" or args.keep is None else None if args.keep == "all" else tuple(args.keep)
+    freeze = args.freeze if method in READ_BY["freeze"] else 0
+    return Case(method, model, args.r, keep, freeze, args.attention, args.checkpoint, args.dtype, args.as_authors or args.as_published,
+                args.batch)
+
+
+def cases(args: argparse.Namespace) -> list[Case]:
+    """The rows that the command line asks for: Table 1's, or all methods at one size."""
+    which = [(method, args.model) for method in METHODS] if args.model else PAPER
+    return [case_of(args, method, model) for method, model in which if args.method in (None, method)]
 
 
 # ------------------------------------------------------------------------------------------------------------------ main
 
-def show_tables(args: argparse.Namespace) -> dict:
-    conventions = list(account.CONVENTIONS) if args.as_published else []
-    wanted = cases(args)
-    if args.as_published:
-        wanted = [replace(case, as_authors=True) for case in wanted]
-    story = not any((args.as_published, args.model, args.method, args.checkpoint, args.freeze, args.keep, args.device == "cuda")) and args.dtype == "fp32"
-    result = {"section_3_1": show_section_3_1(r=args.r)} if story else {}
-    if story:
-        wanted += [replace(case, checkpoint=True) for case in wanted if case.method in ("full", "lora", "lst") and case.model == "t5-base"]
-    B, S, T = args.batch
-    rows = count(wanted, args, conventions)
-    usual = "Table 1" if args.batch == (100, 128, 2) and not (args.model or args.method or args.freeze or args.keep) else "training steps"
-    print(f"\n{usual}{' as published' * args.as_published}: batch {B}, source {S}, target {T}, {args.attention} attention, {args.dtype}; inference at batch 1\n")
-    show(rows)
-    draw(rows, args.plot, f"Peak of a training step, batch {B}, source {S}, {args.attention} attention, units of 1000 MiB; mark: the paper")
-    if args.as_published:
-        print("conventions: batch 100, source 128, target 2; eager attention, float32; 32,100 words; a GB is 1000 MiB; LoRA with the authors' biases; and")
-        print("\n".join(f"  - {words}" for words in account.CONVENTIONS.values()))
-    if story:
-        lora, ladder = (next(row for row in rows if row["label"] == f"{METHODS[method]}, base + checkpointing") for method in ("lora", "lst"))
-        plain_lora, plain = (next(row for row in rows if row["label"] == f"{METHODS[method]}, base") for method in ("lora", "lst"))
-        print(f"With checkpointing LoRA comes down to {lora['peak'] / GB:.2f}, below LST without it ({plain['peak'] / GB:.2f}); LST with it needs {ladder['peak'] / GB:.2f}.  What remains "
-              f"is time:\nLoRA takes {plain_lora['flops'] / plain['flops']:.1f} times LST's operations, and with checkpointing, a second forward pass of the backbone, "
-              f"{lora['flops'] / ladder['flops']:.1f} times.\n")
-        result["tricks"] = show_tricks(args)
-        print("more: --as-published  --explain  --sweep length  --fits 12  --time  --attention fused")
-    return {"rows": rows} | result
-
-
-def main(argv: Sequence[str] | None = None) -> dict:
-    """Show what the command line asks for; returns what --json writes: {"rows": [...]}, one dict for each line."""
-    args = parse(argv)
-    return guarded(lambda: run(args))
-
-
 def run(args: argparse.Namespace) -> dict:
     shows = {"explain": show_explain, "sweep": show_sweep, "fits": show_fits, "time": show_seconds}
-    chosen = [shows[name] for name in shows if getattr(args, name)]
+    show = next((shows[name] for name in shows if getattr(args, name)), show_tables)
     try:
-        result = {"rows": chosen[0](args)} if chosen else show_tables(args)
+        result = show(args)
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError) or not any(words in str(error) for words in ("overflow", "allocate")):
             raise
@@ -502,8 +528,14 @@ def run(args: argparse.Namespace) -> dict:
                "hardware": hardware("cuda" if args.device == "cuda" else "cpu")}
     text = json.dumps(result, indent=2)
     if args.json:
-        Path(args.json).write_text(text + "\n", encoding="utf-8")
+        args.json.write_text(text + "\n", encoding="utf-8")
     return json.loads(text)
+
+
+def main(argv: Sequence[str] | None = None) -> dict:
+    """Show what the command line asks for; returns what --json writes: {"rows": [...]}, one dict for each line."""
+    args = parse(argv)
+    return guarded(lambda: run(args))
 
 
 if __name__ == "__main__":

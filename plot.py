@@ -1,4 +1,4 @@
-"""Pictures as SVG, for light and dark pages, without a library: stacked bars and lines."""
+"""Bars on the terminal; pictures as SVG, for light and dark pages, without a library: stacked bars and lines."""
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -9,6 +9,11 @@ STYLE = "text { fill: #424a53 } .faint { stroke: #8b949e; stroke-width: .5 } .li
     f" .f{i} {{ fill: {color} }} .s{i} {{ stroke: {color} }}" for i, color in enumerate(LIGHT))
 STYLE += " @media (prefers-color-scheme: dark) { text { fill: #c9d1d9 } .mark { stroke: #f0f6fc }" + "".join(
     f" .f{i} {{ fill: {color} }} .s{i} {{ stroke: {color} }}" for i, color in enumerate(DARK)) + " }"
+
+
+def bar(value: float, most: float, mark: str = "█", width: int = 60) -> str:
+    """Marks for the terminal, `width` of them for `most`."""
+    return mark * round(width * value / most)
 
 
 def ticks(most: float) -> list[float]:

@@ -88,12 +88,12 @@ class SideStack(Stack):
         With embedded images h_visual (B, P, D) the side network reads both, [text ; images], S + P long (Sec. 4, "Vision-and-language").
         """
         h_backbone = next(backbone)
-        h = h_backbone.to(self.down_emb.weight.dtype)
+        h_side, P = h_backbone.to(self.down_emb.weight.dtype), 0
         if h_visual is not None:
-            h = torch.cat([h, h_visual], dim=1)  # (B, S + P, D)
-            mask = behind(mask, h)
-        h_side = self.down_emb(self.dropout(h))  # (B, S, d)
-        self_bias, cross_bias = self.biases(h_side, mask, memory_mask, cache, h.size(1) - h_backbone.size(1))
+            h_side, P = torch.cat([h_side, h_visual], dim=1), h_visual.size(1)  # (B, S + P, D)
+            mask = behind(mask, h_side)
+        h_side = self.down_emb(self.dropout(h_side))  # (B, S + P, d)
+        self_bias, cross_bias = self.biases(h_side, mask, memory_mask, cache, P)
         for i, h_backbone in enumerate(backbone):
             if i in self.keep:  # Sec. 3.4.  Paper: the authors keep the gates of dropped layers as parameters that nothing reads; we have none.
                 j = self.keep.index(i)
