@@ -250,7 +250,10 @@ def load_state(out: Path, model: nn.Module, optimizer: torch.optim.Optimizer) ->
     if found:
         raise ValueError(f"{path} does not fit: unexpected {sorted(found)[:3]}")
     optimizer.load_state_dict(optimizer.state_dict() | {"state": {i: moments for i, moments in state.items() if moments}})
-    at = Position(**json.loads(metadata["position"]))
+    try:
+        at = Position(**json.loads(metadata["position"]))
+    except (KeyError, ValueError, TypeError):
+        raise ValueError(f"{path} is not the state of a run; give --overwrite to begin anew") from None
     log = out / "metrics.jsonl"
     if not log.is_file() or log.stat().st_size < at.log or (at.best and not (out / "trained.safetensors").is_file()):
         raise ValueError(f"{out} cannot go on: its metrics.jsonl or trained.safetensors is gone or cut; give --overwrite to begin anew")
@@ -258,10 +261,16 @@ def load_state(out: Path, model: nn.Module, optimizer: torch.optim.Optimizer) ->
 
 
 def check_same(out: Path, config: dict) -> None:
-    """A run goes on only as it began.  ValueError with the list of what is not the same; where the files lie may change."""
+    """A run goes on only as it began.  ValueError with the list of what is not the same; where the files lie may change.
+    Of a table each run is checked when its turn comes."""
     was = read_json(out / "config.json")
-    if ("seeds" in was) != ("seeds" in config) or config.keys() - was.keys():
-        raise ValueError(f"{out} cannot go on so: {'a table of several runs' if 'seeds' in was else 'no such run'} is in it; give its own arguments, or --overwrite")
+    if ("seeds" in was) != ("seeds" in config):
+        raise ValueError(f"{out} cannot go on so: {'a table of several runs' if 'seeds' in was else 'a single run'} is in it; "
+                         "give its own arguments, or another --out")
+    if config.keys() - was.keys():
+        raise ValueError(f"{out} cannot go on: its config.json was not written by this version of train.py; choose another --out")
+    if "seeds" in config:
+        return
     changed = [f"{name.replace('_', ' ')} was {str(was.get(name))[:24]}, is {str(value)[:24]}" for name, value in config.items()
                if name not in ("model", "data") and was.get(name) != value]
     if changed:

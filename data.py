@@ -186,7 +186,9 @@ def _read(task: Task, folder: Path, prompts: str, name: str, fallback: str | Non
         paths = [paths[0].parent / "train.tsv", paths[0].parent / "dev.tsv"]  # already divided, as GLUE's own script leaves it
     for path in paths:
         if not path.is_file():
-            raise ValueError(f"{path} is missing; {task.name} needs {_wanted(task)} in {folder}")
+            near = folder.parent if folder.is_file() else folder  # DIR/SST-2/train.tsv or DIR/SST-2, where DIR is meant
+            hint = f"; give --data {near.parent}" if near.name == task.folder and (near / path.name).is_file() else ""
+            raise ValueError(f"{path} is missing; {task.name} needs {_wanted(task)} in {folder}{hint}")
     if paths[-1].name == "mrpc_dev_ids.tsv":
         official, skipped = _divide_mrpc(task, *paths)
     else:

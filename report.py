@@ -31,13 +31,13 @@ class Parser(argparse.ArgumentParser):
 
 
 def positive(text: str) -> int:
-    if not (text.isascii() and text.isdecimal()) or not 1 <= int(text[:12]) <= 10**9:
+    if not (text.isascii() and text.isdecimal()) or len(text) > 10 or not 1 <= int(text) <= 10**9:
         raise argparse.ArgumentTypeError(f"{text[:20]!r} is not a whole number from 1 to 10^9")
     return int(text)
 
 
 def whole(text: str) -> int:
-    if not (text.isascii() and text.isdecimal()) or int(text[:12]) > 10**9:
+    if not (text.isascii() and text.isdecimal()) or len(text) > 10 or int(text) > 10**9:
         raise argparse.ArgumentTypeError(f"{text[:20]!r} is not a whole number from 0 to 10^9")
     return int(text)
 
@@ -67,9 +67,12 @@ def guarded(run: Callable[[], dict]) -> dict:
     try:
         with on_signals(_interrupt, signal.SIGTERM):
             return run()
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        hint = "; try a smaller --batch-size" if isinstance(error, torch.OutOfMemoryError) else ""
-        _end(f"error: {str(error).splitlines()[0] if hint else error}{hint}", 2)
+    except (ValueError, OSError) as error:
+        _end(f"error: {' '.join(str(error).split())}", 2)
+    except (RuntimeError, MemoryError) as error:
+        if not (isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)):  # the last: on a CPU
+            raise
+        _end("error: there is not enough memory for this; try a smaller --batch-size, or --accumulate to cut a batch into passes", 2)
     except FloatingPointError as error:
         _end(f"error: {error}", 1)
     except KeyboardInterrupt as error:

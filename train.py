@@ -189,7 +189,8 @@ def train(args: argparse.Namespace, out: Path) -> dict:
     say(f"{args.method} on {args.model}: {count:,} parameters train, {100 * count / total:.3f} % of the backbone's {total:,}")
     say(f"{args.task} ({dataset.name}): {len(rows):,} training, {len(dataset.val):,} validation, {len(dataset.test):,} test rows"
         + (f", {dataset.skipped} skipped" if dataset.skipped else ""))
-    say(f"{args.epochs} epoch{'s' * (args.epochs > 1)}, {args.steps} steps of {args.batch_size} rows, peak learning rate {args.lr:g} after {args.warmup_steps} steps, "
+    epochs = math.ceil(args.steps / math.ceil(len(rows) / args.batch_size))
+    say(f"{epochs} epoch{'s' * (epochs > 1)}, {args.steps} steps of {min(args.batch_size, len(rows))} rows, peak learning rate {args.lr:g} after {args.warmup_steps} steps, "
         f"seed {args.seed}, {report.hardware(args.device)}" + (f", {distributed.processes()} processes" if distributed.processes() > 1 else ""))
 
     # what was asked for; a run that goes on is asked for the same
@@ -203,9 +204,10 @@ def train(args: argparse.Namespace, out: Path) -> dict:
     if "config.json" in there:
         checkpoint.check_same(out, config)
     if "results.json" in there:
+        results = checkpoint.read_json(out / "results.json")
         (out / "state.safetensors").unlink(missing_ok=True)
         say(f"the run in {out} has ended, nothing is left to do")
-        return checkpoint.read_json(out / "results.json")
+        return results
 
     # where it begins
     optimizer = torch.optim.AdamW(trainable(model).values(), lr=args.lr, weight_decay=0.0, fused=True)
@@ -256,8 +258,8 @@ def fit(args: argparse.Namespace, model: nn.Module, optimizer: torch.optim.Optim
     log = open(out / "metrics.jsonl" if writes else os.devnull, "a", encoding="utf-8", buffering=1)
     if writes:
         log.truncate(at.log)
-    epoch_steps, first_step, start = math.ceil(len(rows) / args.batch_size), at.step, time.time()
-    progress = report.Progress("step", args.steps, first_step)
+    epoch_steps, seen, busy = math.ceil(len(rows) / args.batch_size), 0, 0.0
+    progress = report.Progress("step", args.steps, at.step)
 
     def save() -> None:
         if writes:
@@ -269,6 +271,7 @@ def fit(args: argparse.Namespace, model: nn.Module, optimizer: torch.optim.Optim
         for epoch in range(at.epochs, math.ceil(args.steps / epoch_steps)):
             model.train()
             for indices in data.batches(rows, args.batch_size, args.seed, epoch)[at.step - epoch * epoch_steps : args.steps - epoch * epoch_steps]:
+                began = time.time()
                 seed_everything(args.seed, at.step, distributed.rank())
                 lr = learning_rate(at.step, args.lr, args.warmup_steps, args.steps)
                 for group in optimizer.param_groups:
@@ -282,8 +285,8 @@ def fit(args: argparse.Namespace, model: nn.Module, optimizer: torch.optim.Optim
                 optimizer.zero_grad()
                 at.step += 1
 
-                rate, peak = (at.step - first_step) * args.batch_size / (time.time() - start), report.peak_memory(args.device)[0] / 2**20
-                progress.step(at.step, f"epoch {epoch + 1}  loss {loss:.4f}  {rate:.0f} examples/s  peak {peak:.0f} MiB")
+                seen, busy, peak = seen + len(indices), busy + time.time() - began, report.peak_memory(args.device)[0] / 2**20
+                progress.step(at.step, f"epoch {epoch + 1}  loss {loss:.4f}  {seen / busy:.0f} examples/s  peak {peak:.0f} MiB")
                 log.write(json.dumps({"step": at.step, "epoch": epoch + 1, "loss": loss, "lr": lr, "seconds": round(time.time() - at.began, 2)}) + "\n")
                 if stop or at.step % args.save_steps == 0 or at.step in (args.steps, (epoch + 1) * epoch_steps):
                     save()
@@ -305,13 +308,19 @@ def fit(args: argparse.Namespace, model: nn.Module, optimizer: torch.optim.Optim
 
 
 def several(args: argparse.Namespace, out: Path) -> dict:
-    """A run for each task and seed, and their table, which is written anew after each."""
+    """A run for each task and seed, and their table, which is written anew after each.  A resume may ask for more of either."""
     config, runs = {"task": args.task, "seeds": args.seeds}, []
+    load_tokenizer(args.model)
+    for task in args.task:  # what is missing is said now, and not when the days of the first task have passed
+        data.load(task, args.data, args.prompts)
     if distributed.agree(args.resume and (out / "config.json").exists()):
         checkpoint.check_same(out, config)
     elif distributed.rank() == 0:
-        for folder in (out, *(out / f"{task}-{seed}" for task in args.task for seed in args.seeds)):
-            checkpoint.clear(folder)
+        for folder in (out / f"{task}-{seed}" for task in args.task for seed in args.seeds):
+            with checkpoint.claim(folder):
+                checkpoint.clear(folder)
+        checkpoint.clear(out)
+    if distributed.rank() == 0:
         write_json(out / "config.json", config | {"command": args.command})
     for task in args.task:
         for seed in args.seeds:

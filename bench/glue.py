@@ -54,16 +54,19 @@ def command(name: str, numbers: list[int]) -> str:
     return f"python train.py {VARIANTS[name][1]} --data glue --seed{'s' * (len(numbers) > 1)} {','.join(map(str, numbers))}"
 
 
+def all_runs() -> list[dict]:
+    return json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else []
+
+
 def read() -> list[dict]:
     """The runs that are there and that this file would still make with the same command."""
-    runs = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else []
-    return [run for run in runs if run["variant"] in VARIANTS and run["command"] == command(run["variant"], [run["seed"]])]
+    return [run for run in all_runs() if run["variant"] in VARIANTS and run["command"] == command(run["variant"], [run["seed"]])]
 
 
 def add(run: dict) -> None:
     with LOCK:
-        others = [other for other in read() if other["command"] != run["command"]]
-        write_json(RESULTS, sorted([*others, run], key=lambda run: (list(VARIANTS).index(run["variant"]), run["seed"])))
+        runs, order = [*(other for other in all_runs() if other["command"] != run["command"]), run], [*VARIANTS]
+        write_json(RESULTS, sorted(runs, key=lambda run: (order.index(run["variant"]) if run["variant"] in order else len(order), run["seed"])))
 
 
 def train(name: str, seed: int, folder: str, jobs: int) -> tuple[str, float | None]:

@@ -71,7 +71,7 @@ def time_loop(folder: str, steps: int) -> dict[str, float]:
                 stack.enter_context(mock.patch.object(owner, name, timed(getattr(owner, name), spans[part])))
         out, nowhere = stack.enter_context(tempfile.TemporaryDirectory()), stack.enter_context(open(os.devnull, "w"))
         stack.enter_context(contextlib.redirect_stdout(nowhere))
-        train.main(["--task", "sst2", "--data", folder, "--init", "random", "--max-steps", str(steps), "--out", out])
+        train.main(["--task", "sst2", "--data", folder, "--init", "random", "--device", "cpu", "--max-steps", str(steps), "--out", out])
     began, ended = spans["order of the rows, once"][0][0], spans["evaluation"][0][0]
     parts = {part: sum(end - start for start, end in spans[part] if began <= start < ended) for part in COMPUTATION | LOOP}
     return parts | {"log, progress, the rest": ended - began - sum(parts.values())}
@@ -120,7 +120,7 @@ def show(values: dict[str, float], unit: str, notes: dict[str, str]) -> None:
 
 
 def run(args: argparse.Namespace) -> dict:
-    training = options.parse(["--task", "sst2", "--data", args.data], __doc__)
+    training = options.parse(["--task", "sst2", "--device", "cpu", "--data", args.data], __doc__)
     training.task = "sst2"
     rows = data.encode(data.load("sst2", args.data).train, load_tokenizer("nano"))
     options.settle(training, len(rows), sample=False)

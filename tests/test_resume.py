@@ -376,12 +376,41 @@ def test_several_runs_go_on_where_they_were_cut_off(straight, tmp_path, capsys):
     for seed in "01":
         assert what_counts(out / f"sst2-{seed}") == what_counts(tmp_path / "whole" / f"sst2-{seed}")
     assert json.loads((out / "results.json").read_text())["tasks"] == json.loads((tmp_path / "whole" / "results.json").read_text())["tasks"]
-    refused(capsys, [*straight[0], "--seeds", "0,2", "--out", str(out), "--resume"], "seeds was [0, 1], is [0, 2]")
+    refused(capsys, [*straight[0], "--seeds", "0,1", "--lr", "0.5", "--out", str(out), "--resume"], "lr was 0.01, is 0.5")
+
+
+def test_a_table_that_cannot_begin_leaves_what_was_there(argv, tmp_path, capsys):
+    train.main(argv("--max-steps", 1))
+    before = contents(tmp_path / "run")
+    refused(capsys, argv("--seeds", "0,1", "--overwrite", "--data", tmp_path / "nowhere"), "train.tsv is missing")
+    refused(capsys, argv("--task", "sst2,rte", "--overwrite", "--data", "sample"), "the bundled sample has sst2 only")  # before sst2 has run
+    assert contents(tmp_path / "run") == before
+
+
+def test_a_table_takes_one_seed_more(argv, tmp_path, capsys):
+    first = train.main(argv("--seeds", "0,1", "--max-steps", 1))
+    more = train.main(argv("--seeds", "0,1,2", "--max-steps", 1, "--resume"))
+    assert more["tasks"]["sst2"]["scores"][:2] == first["tasks"]["sst2"]["scores"] and len(more["runs"]) == 3
+    assert capsys.readouterr().out.count("has ended") == 2
+
+
+def test_another_file_in_the_place_of_the_state_is_one_line(cut, killed, capsys):
+    out, argv = cut
+    shutil.copy(killed(8) / "trained.safetensors", out / "state.safetensors")
+    refused(capsys, [*argv, "--resume"], "state.safetensors")
+
+
+def test_a_damaged_result_costs_no_state(cut, capsys):
+    out, argv = cut
+    (out / "results.json").write_text("{")
+    refused(capsys, [*argv, "--resume"], "results.json is damaged")
+    assert (out / "state.safetensors").exists()
 
 
 @pytest.mark.parametrize("more, words", [
     (("--task", "sst2,sst2"), ("sst2", "twice")), (("--task", "sst2,nope"), ("nope", "choose from")), (("--task", ""), ("choose from",)),
     (("--seeds", "1,1"), ("twice",)), (("--seeds", "1,x"), ("x",)), (("--seeds", ""), ("whole number",)), (("--seeds", "1,2", "--seed", "3"), ("give one",)),
+    (("--seeds", "1,2", "--seed", "0"), ("give one",)), (("--seed", "000000000000099999999999"), ("0 to 10^9",)), (("--out", ""), ("--out is empty",)),
     (("--accumulate", "0"), ("accumulate",)), (("--save-steps", "0"), ("save-steps",))])
 def test_wrong_lists_are_refused(argv, capsys, tmp_path, more, words):
     refused(capsys, argv(*more), *words)

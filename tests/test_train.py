@@ -475,6 +475,17 @@ def test_ctrl_c_during_the_fisher_pass_leaves_everything_as_it_was(argv, tmp_pat
     assert not (tmp_path / "new").exists() or not contents(tmp_path / "new")
 
 
+@pytest.mark.parametrize("error, words", [
+    (RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory: you tried\nto allocate 1 bytes"), "--batch-size"),
+    (torch.OutOfMemoryError("CUDA out of memory"), "--batch-size"), (OSError("no such\nfile"), "no such file")])
+def test_what_the_user_can_mend_is_one_line(argv, monkeypatch, capsys, error, words):
+    def fail(*arguments):
+        raise error
+
+    monkeypatch.setattr(train, "loss_of", fail)
+    refused(capsys, argv("--max-steps", 1), words)
+
+
 def test_ctrl_c_in_an_overwriting_run_leaves_the_old_weights_or_none(argv, tmp_path, monkeypatch, capsys):
     train.main(argv("--max-steps", 1))
     old = (tmp_path / "run" / "trained.safetensors").read_bytes()
