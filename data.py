@@ -254,12 +254,16 @@ def _table(task: Task, path: Path) -> tuple[list[dict[str, str]], int]:
             rows.append(row)
         else:
             bad.append((number, f"label {given[:20]!r} instead of {' or '.join(answers) or 'a number from 0 to 5'}"))
-    count = len(rows) + unlabelled + len(bad)
+    refuse_many(path, bad, len(rows) + unlabelled + len(bad), "line")
+    return rows, unlabelled + len(bad)
+
+
+def refuse_many(path: Path, bad: list[tuple[int, str]], count: int, unit: str) -> None:
+    """ValueError that names the first three of the malformed rows (number, what is wrong), if they are more than 1 % of `count`."""
     if len(bad) > 0.01 * count:
         raise ValueError(f"{path}: {len(bad)} of {count} rows are malformed, at most 1 % may be; "
-                         f"{'; '.join(f'line {number}: {what}' for number, what in bad[:3])}{'; ...' if len(bad) > 3 else ''}; "
-                         f"correct these lines or put {task.name}'s official file there")
-    return rows, unlabelled + len(bad)
+                         f"{'; '.join(f'{unit} {number}: {what}' for number, what in bad[:3])}{'; ...' if len(bad) > 3 else ''}; "
+                         f"correct these {unit}s or put the official file there")
 
 
 def _divide_mrpc(task: Task, text: Path, ids: Path) -> tuple[list[list[dict[str, str]]], int]:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from data import DATA_SEED, Dataset
+from data import DATA_SEED, Dataset, refuse_many
 from download import sha256_of
 from metrics import vqa_soft_labels
 from model import brief
@@ -113,10 +113,7 @@ def _collect(path: Path, rows: Iterable, make: Callable[[Any], tuple[int, list[E
             parts[part].extend(examples)
         except Malformed as error:
             bad.append((count, error))
-    if len(bad) > 0.01 * count:
-        raise ValueError(f"{path}: {len(bad)} of {count} rows are malformed, at most 1 % may be; "
-                         f"{'; '.join(f'row {number}: {what}' for number, what in bad[:3])}{'; ...' if len(bad) > 3 else ''}; "
-                         "correct these rows or put the official file there")
+    refuse_many(path, bad, count, "row")
     return len(bad)
 
 
