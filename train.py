@@ -71,8 +71,8 @@ def initialize(ladder: LadderT5, args: argparse.Namespace, rows: list[data.Encod
 
         def samples() -> Iterator[data.Batch]:
             for done, row in enumerate(order, 1):
+                progress.step(done)  # before the last one is taken, after which nobody asks for more
                 yield to_device(data.collate([rows[row]]), args.device)
-                progress.step(done)
 
         prune.init_side(ladder, prune.fisher(ladder.backbone, samples(), len(order)), args.prune)
 
