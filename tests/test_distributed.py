@@ -66,7 +66,8 @@ def run(argv):  # train.main returns results that a process need not send home
 # ----------------------------------------------------------------------------------------------------------------- losses
 
 # 33 rows in batches of 16: the last batch has one row, so that processes and passes are left without any
-@pytest.mark.parametrize("more", [("--accumulate", 2), ("--method", "lora", "--lr", "1e-2"), ("--init", "fisher", "--fisher-samples", 4, "--checkpoint")],
+@pytest.mark.parametrize("more", [("--accumulate", 2), pytest.param(("--method", "lora", "--lr", "1e-2"), marks=pytest.mark.slow),
+                                  pytest.param(("--init", "fisher", "--fisher-samples", 4, "--checkpoint"), marks=pytest.mark.slow)],
                          ids=lambda more: "".join(map(str, more)))
 def test_two_processes_have_the_losses_weights_and_scores_of_one(argv, quiet, tmp_path, more):
     same = ("--model", quiet, "--max-train-rows", 33, "--epochs", 3, *more)

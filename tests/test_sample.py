@@ -56,6 +56,7 @@ def test_generator_can_produce_every_train_row():
     assert all(make_sample.can_produce(sentence) for sentence, label in TRAIN[:500])
 
 
+@pytest.mark.slow
 def test_generator_can_produce_no_dev_row():
     for sentence, label in DEV:
         assert not make_sample.can_produce(sentence), sentence

@@ -272,8 +272,8 @@ TROUBLE = {
 }
 
 
-@pytest.mark.parametrize("name, trouble", [(name, trouble) for name in ("t5-small", "flan-t5-small") for trouble in TROUBLE
-                                           if (name, trouble) != ("flan-t5-small", "wrong")])  # only a hash can tell
+@pytest.mark.parametrize("name, trouble", [*(("t5-small", trouble) for trouble in TROUBLE), *(
+    pytest.param("flan-t5-small", trouble, marks=pytest.mark.slow) for trouble in TROUBLE if trouble != "wrong")])  # only a hash can tell
 def test_a_download_that_fails_leaves_no_model_and_the_next_try_succeeds(models, monkeypatch, name, trouble):
     patient_for_a_second(monkeypatch)
     there, (_, content) = next((path, file) for path, file in models.store.files.items() if "spiece" in path)

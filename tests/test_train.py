@@ -123,7 +123,7 @@ def test_each_method_has_the_learning_rate_of_the_paper(argv, method, lr):
 
 
 @pytest.mark.parametrize("task", data.TASKS)
-@pytest.mark.parametrize("prompts", ["paper", "t5"])
+@pytest.mark.parametrize("prompts", ["paper", pytest.param("t5", marks=pytest.mark.slow)])
 def test_every_task_trains_and_answers(argv, tmp_path, capsys, task, prompts):
     results = train.main(argv("--task", task, "--prompts", prompts, "--max-steps", 1, "--batch-size", 96))
     assert results["task"] == task and "score" in results["test"]
