@@ -3,6 +3,8 @@ import importlib.util
 import re
 from pathlib import Path
 
+import pytest
+
 ASSETS = Path(__file__).parent.parent / "assets"
 SST2 = ASSETS / "sample" / "SST-2"
 
