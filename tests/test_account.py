@@ -17,7 +17,8 @@ SIZES = dict(vocab_size=V, d_model=24, d_kv=16, d_ff=80, num_layers=N, num_heads
 SIDE = dict(r=4)  # d = 6, K = 4, d_ff = 20
 METHODS = (*baselines.METHODS, "lst")
 each_attention = pytest.mark.parametrize("attention", ["eager", "fused"])
-each_method = pytest.mark.parametrize("method", METHODS)
+each_method = pytest.mark.parametrize("method", [pytest.param(method, marks=[pytest.mark.slow] * (method in ("adapters", "bitfit", "prompt")))
+                                                 for method in METHODS])
 
 
 @pytest.fixture(autouse=True)
@@ -209,7 +210,7 @@ def test_the_cache_convention_makes_the_ladders_peak_larger_and_saves_nothing_mo
     assert after["peak"] > before["peak"] and after["saved_by_forward"] == before["saved_by_forward"]
 
 
-@each_attention
+@pytest.mark.parametrize("attention", [pytest.param("eager", marks=pytest.mark.slow), "fused"])
 @pytest.mark.parametrize("method", ["full", "lora", "lst"])
 def test_checkpointing_shrinks_saved_activations_and_the_peak(method, attention):
     kept, again = (step(method, 16, 32, attention=attention, checkpoint=checkpoint, num_layers=4) for checkpoint in (False, True))

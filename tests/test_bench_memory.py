@@ -95,7 +95,8 @@ def test_our_lora_trains_no_biases():
 
 @pytest.mark.parametrize("model, changes, limit", [
     pytest.param("t5-base", {}, 2.7, marks=pytest.mark.slow), ("t5-base", dict(checkpoint=True), 1.9),
-    ("t5-base", dict(checkpoint=True, dtype="bf16"), 1.2), ("t5-3b", {}, 13.2), ("t5-3b", dict(dtype="bf16"), 7.0)], ids=str)
+    ("t5-base", dict(checkpoint=True, dtype="bf16"), 1.2), pytest.param("t5-3b", {}, 13.2, marks=pytest.mark.slow),
+    pytest.param("t5-3b", dict(dtype="bf16"), 7.0, marks=pytest.mark.slow)], ids=str)
 def test_our_lst_is_small(model, changes, limit):
     assert peak(Case("lst", model, keep=kept(model), attention="fused", **changes)) / GB <= limit
 
@@ -197,9 +198,10 @@ def result_of(arguments, folder):
 
 
 @pytest.mark.parametrize("arguments", [
-    ["--as-published", "--method", "lora"], ["--method", "prompt", "--batch-size", "1000000000", "--source-length", "10000"],
-    ["--sweep", "batch"], ["--sweep", "length", "--method", "lst"], ["--sweep", "r"], ["--sweep", "keep"],
-    ["--explain"], [*SMALL, "--fits", "1", "--method", "lst", "--source-length", "4000"], [*SMALL, *FEW, "--time", "--rounds", "1"]], ids=" ".join)
+    ["--as-published", "--method", "lora"], ["--sweep", "length", "--method", "lst"], ["--explain"], [*SMALL, *FEW, "--time", "--rounds", "1"],
+    *(pytest.param(more, marks=pytest.mark.slow) for more in (
+        ["--method", "prompt", "--batch-size", "1000000000", "--source-length", "10000"], ["--sweep", "batch"], ["--sweep", "r"], ["--sweep", "keep"],
+        [*SMALL, "--fits", "1", "--method", "lst", "--source-length", "4000"]))], ids=" ".join)
 def test_json_holds_what_main_returns_and_the_plot_is_one_that_a_browser_can_read(tmp_path, tiny, capsys, arguments):
     rows, text = result_of(arguments, tmp_path)["rows"], capsys.readouterr().out
     if arguments == ["--sweep", "batch"]:

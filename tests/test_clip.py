@@ -275,6 +275,7 @@ def test_a_lost_key_is_a_value_error_whichever_it_is(tmp_path, name):
             load_clip(tmp_path)
 
 
+@pytest.mark.slow
 @each_fixture
 def test_a_reshaped_key_is_a_value_error_whichever_it_is(tmp_path, name):
     whole = load_file(FIXTURES / name / WEIGHTS[name])

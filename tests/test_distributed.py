@@ -139,6 +139,7 @@ def told(argv):
     train.main(argv)
 
 
+@pytest.mark.slow
 def test_each_step_of_each_process_has_its_own_seed(argv, backbone, tmp_path):
     texts = together(tmp_path, told, argv("--max-steps", 2, "--seed", 5))
     drawn = [[line for line in text.splitlines() if line.startswith("seeds")] for text in texts]

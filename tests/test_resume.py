@@ -102,7 +102,7 @@ def same(out, straight):
 
 # ------------------------------------------------------------------------------------------------------------------ kill
 
-DEATHS = [("fsync", 4), ("replace", 5)]  # while the first state is written, before the best weights take their place; all others: slow
+DEATHS = [pytest.param(("fsync", 4), marks=pytest.mark.slow), ("replace", 5)]  # while the first state is written; before the best weights take their place
 
 
 @pytest.mark.parametrize("die_at", DEATHS, ids=lambda die_at: f"{die_at[0]}-{die_at[1]}")
@@ -219,6 +219,7 @@ def test_another_backbone_is_refused(cut, backbone, tmp_path, capsys):
     assert contents(out) == before
 
 
+@pytest.mark.slow
 def test_the_same_files_at_another_place_are_the_same(cut, backbone, glue, straight, tmp_path):
     out, argv = cut
     moved = [str(shutil.copytree(folder, tmp_path / folder.name)) for folder in (backbone, glue)]

@@ -167,8 +167,8 @@ def test_a_run_loads_back_to_its_score(learned, glue):
 
 @pytest.mark.parametrize("more", [*(("--method", method) for method in baselines.METHODS), ("--method", "lora", "--as-authors"),
                                   ("--method", "prompt", "--as-authors"), ("--method", "full", "--freeze", 3), ("--method", "bitfit", "--freeze", 1),
-                                  ("--method", "adapters", "--dtype", "bf16"), ("--method", "lora", "--checkpoint"), ("--checkpoint",),
-                                  ("--dtype", "bf16"), ("--gates", "shut"), ("--keep", "1"), ("--prompts", "t5")])
+                                  ("--dtype", "bf16"), ("--gates", "shut"), ("--keep", "1"), *(pytest.param(more, marks=pytest.mark.slow) for more in (
+                                      ("--method", "adapters", "--dtype", "bf16"), ("--method", "lora", "--checkpoint"), ("--checkpoint",), ("--prompts", "t5")))])
 def test_each_kind_of_run_loads_back_to_its_logits(argv, tmp_path, monkeypatch, more):
     models = []
     calls(monkeypatch, "evaluate", lambda count, model, *_: models.append(model))
