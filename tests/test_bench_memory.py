@@ -80,7 +80,12 @@ def test_table_1_is_reproduced_under_the_conventions_of_its_environment(method, 
     assert row["peak_paper_gb"] == row["peak"] / GB
 
 
-def test_the_rows_count_what_table_1_trains():  # the larger models' counts: test_side.py
+@pytest.mark.slow
+def test_the_rows_count_what_table_1_trains_with_larger_models():
+    assert [published("lst", model)["trainable_params"] for model in ("t5-large", "t5-3b")] == [9_057_304, 2_494_850]
+
+
+def test_the_rows_count_what_table_1_trains():
     rows = {method: published(method, model) for method, model in PAPER if model == "t5-base"}
     counts = {method: row["trainable_params"] for method, row in rows.items()}
     assert counts == {"full": 222_882_048, "adapters": 3_625_728, "lora": 3_819_876, "bitfit": 280_932, "prompt": 76_800, "lst": 3_878_706}

@@ -83,7 +83,7 @@ def test_two_processes_have_the_losses_weights_and_scores_of_one(argv, quiet, tm
     assert sorted(path.name for path in (tmp_path / "two").iterdir()) == sorted(path.name for path in (tmp_path / "one").iterdir())
 
 
-@pytest.mark.parametrize("passes", [5, 40])
+@pytest.mark.parametrize("passes", [pytest.param(2, marks=pytest.mark.slow), 5, pytest.param(16, marks=pytest.mark.slow), 40])
 def test_accumulated_passes_have_the_losses_of_one(argv, quiet, tmp_path, passes):
     same = ("--model", quiet, "--max-train-rows", 33, "--epochs", 2)
     for name, more in (("one", ()), ("many", ("--accumulate", passes))):

@@ -209,6 +209,18 @@ def test_other_arguments_are_refused_with_the_list(cut, capsys):
     assert contents(out) == before
 
 
+@pytest.mark.slow
+def test_a_run_goes_on_behind_what_was_refused(cut, straight, capsys):
+    out, argv = cut
+    refused(capsys, [*argv, "--resume", "--lr", "0.5"], "lr was 0.01, is 0.5")
+    with checkpoint.claim(out):
+        refused(capsys, [*argv, "--resume"], "another run works in", str(out))
+    assert run([*argv, "--resume"]) == 0  # the first one's end freed it
+    same(out, straight)
+    assert run([*argv, "--overwrite"]) == 0
+    same(out, straight)
+
+
 def test_another_backbone_is_refused(cut, backbone, tmp_path, capsys):
     out, argv = cut
     other = shutil.copytree(backbone, tmp_path / "other")
@@ -281,11 +293,12 @@ def test_a_table_and_a_single_run_do_not_go_on_in_each_other(cut, straight, caps
     refused(capsys, ["--out", str(out), "--predict", "a film"], "it holds several: sst2-0, sst2-1")
 
 
-def test_every_flipped_byte_of_a_state_is_noticed(cut):
+@pytest.mark.parametrize("every, more", [(3, 100), pytest.param(1, 300, marks=pytest.mark.slow)])
+def test_every_flipped_byte_of_a_state_is_noticed(cut, every, more):
     out, _ = cut
     path, dice = out / "state.safetensors", random.Random(0)
     whole = path.read_bytes()
-    for place in [*range(8, 300, 3), *(dice.randrange(len(whole)) for _ in range(100))]:
+    for place in [*range(8, 300, every), *(dice.randrange(len(whole)) for _ in range(more))]:
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << dice.randrange(8)]) + whole[place + 1:])
         with pytest.raises(ValueError, match="state.safetensors is damaged"):
             checkpoint.read_tensors(path)
