@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from download import hub_file
+from download import hub_file, sha256_of
 from model import Checkpoint, brief
 
 # name: (repository, revision, weights, their sha256), from the public file listings
@@ -28,6 +28,7 @@ CLIP_PUBLIC = {
     "clip-vit-large-patch14": ("openai/clip-vit-large-patch14", "32bd64288804d66eefd0ccbe215aa642df71cc41", "model.safetensors",
                                "a2bf730a0c7debf160f7a6b50b3aaf3703e7e88ac73de7a314903141db026dcb"),
 }
+NANO_CLIP = Path(__file__).parent / "assets" / "nano_clip"  # the tower that comes with this repository
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # red, green, blue of pixels from 0 to 1
 
 
@@ -230,13 +231,21 @@ def clip_key(name: str, naming: int) -> tuple[str, int | None]:
 
 
 def clip_file(model: str | Path, *filenames: str) -> Path | None:
-    """The first of these files that is in a folder, or in the repository of a public name."""
+    """The first of these files that is in a folder, or in the repository of a public name; "nano" is the bundled tower."""
+    model = NANO_CLIP if model == "nano" else model
     if model in CLIP_PUBLIC and not Path(model).is_dir():
         repo, revision, weights, sha256 = CLIP_PUBLIC[model]
         return hub_file(repo, weights, revision, sha256) if weights in filenames else hub_file(repo, filenames[0], revision)
     if not Path(model).is_dir():
-        raise ValueError(f"model {str(model)!r} is neither a folder nor one of: {', '.join(CLIP_PUBLIC)}")
+        raise ValueError(f"clip {str(model)!r} is neither a folder nor one of: nano, {', '.join(CLIP_PUBLIC)}")
     return next((path for path in (Path(model) / filename for filename in filenames) if path.is_file()), None)
+
+
+def sha256_of_clip(model: str | Path) -> str:
+    """One hash over the weights and, where there is one, the json beside them."""
+    jsons = () if model in CLIP_PUBLIC else ("config.json", "open_clip_config.json")  # a public name's are of its revision
+    files = clip_file(model, "open_clip_model.safetensors", "model.safetensors"), *(clip_file(model, name) for name in jsons)
+    return sha256_of(*(path for path in files if path))
 
 
 def clip_config(model: str | Path, weights: Checkpoint, naming: int) -> ResNetConfig | ViTConfig:

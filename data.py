@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from download import download, one_at_a_time, sha256_of
+from metrics import glue_score
 
 DATA_SEED = 42                                               # the same split for every training seed, as the authors'
 CACHE = "~/.cache/ladder-side-tuning/glue"
@@ -325,9 +326,18 @@ def read_answer(task_name: str, text: str, prompts: str = "paper") -> int | floa
     return answers.index(text) if text in answers else None
 
 
+def score(task_name: str, texts: Sequence[str], examples: Sequence[Example], prompts: str = "paper") -> dict[str, float | int]:
+    """The task's metrics of generated answers, in percent (metrics.glue_score)."""
+    return glue_score(task_name, [read_answer(task_name, text, prompts) for text in texts], [example.label for example in examples])
+
+
 # ------------------------------------------------------------------------------------------------------------- batches
 
-Encoded = tuple[list[int], list[int]]
+class Row(NamedTuple):
+    source: list[int]            # token ids
+    target: list[int]
+    images: tuple[str, ...] = ()  # keys of the pictures that belong to it
+    weight: float = 1.0          # of its loss
 
 
 class Batch(NamedTuple):
@@ -336,14 +346,16 @@ class Batch(NamedTuple):
     decoder_ids: Tensor   # (B, T) the labels shifted right, behind the start token
     decoder_mask: Tensor  # (B, T) bool, True = attend
     labels: Tensor        # (B, T) -100 on padding
+    weights: Tensor | None = None  # (B,) of the rows' losses, where they differ
+    images: Tensor | None = None   # (B, N, P, C) what CLIP saw
 
 
-def encode(examples: Sequence[Example], tokenizer, max_source: int = 128) -> list[Encoded]:
+def encode(examples: Sequence[Example], tokenizer, max_source: int = 128) -> list[Row]:
     """Token ids of source and target, each closed by the end token; the source has at most `max_source` with it."""
-    return [(tokenizer.encode(example.source)[:max_source - 1] + [EOS], tokenizer.encode(example.target) + [EOS]) for example in examples]
+    return [Row(tokenizer.encode(example.source)[:max_source - 1] + [EOS], tokenizer.encode(example.target) + [EOS]) for example in examples]
 
 
-def batches(encoded: Sequence[Encoded], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+def batches(encoded: Sequence[Row], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
     """An epoch's batches as indices: random, but of similar source length. The same (seed, epoch) gives the same batches.
 
     Shuffles all rows, sorts pools of POOL batches by length, cuts the batches, shuffles their order. The last may be smaller.
@@ -356,18 +368,19 @@ def batches(encoded: Sequence[Encoded], batch_size: int, seed: int, epoch: int) 
     return [cut[i] for i in torch.randperm(len(cut), generator=generator).tolist()]
 
 
-def in_order(encoded: Sequence[Encoded], batch_size: int) -> list[list[int]]:
+def in_order(encoded: Sequence[Row], batch_size: int) -> list[list[int]]:
     """Batches for evaluation: every row once, from the shortest to the longest source."""
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i][0]))
     return [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
 
 
-def collate(pairs: Sequence[Encoded]) -> Batch:
+def collate(rows: Sequence[Row]) -> Batch:
     """Pads to the longest source and the longest target of the batch."""
-    sources, targets = zip(*pairs)
+    sources, targets, _, weights = zip(*(Row(*row) for row in rows))
     decoder = [[START, *target[:-1]] for target in targets]
     return Batch(_pad(sources, PAD), _pad([[1] * len(ids) for ids in sources], 0).bool(),
-                 _pad(decoder, PAD), _pad([[1] * len(ids) for ids in decoder], 0).bool(), _pad(targets, IGNORE))
+                 _pad(decoder, PAD), _pad([[1] * len(ids) for ids in decoder], 0).bool(), _pad(targets, IGNORE),
+                 None if set(weights) == {1.0} else torch.tensor(weights))
 
 
 def _pad(rows: Sequence[list[int]], value: int) -> Tensor:

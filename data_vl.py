@@ -17,10 +17,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from data import DATA_SEED, Dataset, refuse_many
+import scenes
+from data import DATA_SEED, Dataset, Row, refuse_many
 from download import sha256_of
-from metrics import vqa_soft_labels
-from model import brief
+from metrics import bleu, cider_d, vqa_accuracy, vqa_soft_labels
+from model import EOS, brief
 
 
 class Example(NamedTuple):
@@ -53,10 +54,13 @@ class Task:
 
 # ----------------------------------------------------------------------------------------------------------------- files
 
-def load(task_name: str, folder: str | Path) -> Dataset:
-    """The task's examples from the official files in a folder.  ValueError of one line: unknown task, missing or damaged files."""
+def load(task_name: str, folder: str | Path | None) -> Dataset:
+    """The task's examples from the official files in a folder, or None: about drawn scenes (scenes.py).
+    ValueError of one line: unknown task, missing or damaged files."""
     if task_name not in TASKS:
         raise ValueError(f"no task {task_name!r}; choose one of {', '.join(TASKS)}")
+    if folder is None:
+        return of_scenes(TASKS[task_name])
     task, folder = TASKS[task_name], Path(os.path.expanduser(folder))
     places = [(home, layout) for home in (folder, *(folder / name for name in task.folders)) for layout in task.layouts]
     home, layout = max(places, key=lambda place: sum((place[0] / name).is_file() for name in place[1].files) / len(place[1].files))
@@ -70,6 +74,20 @@ def load(task_name: str, folder: str | Path) -> Dataset:
         if not part:
             raise ValueError(f"{home} has no {what} rows of {task.name}; put the official files there")
     return Dataset(*parts, name, folder, sha256_of(*paths, *extra), skipped, fallback=None)
+
+
+def of_scenes(task: Task) -> Dataset:
+    if task.name not in ("vqa", "gqa", "nlvr2", "coco"):
+        raise ValueError(f"{task.name} needs --data, the folder of its files")
+
+    def examples(row: scenes.Row, part: str) -> list[Example]:
+        answers = [row.answer] if isinstance(row.answer, str) else row.answer
+        references = () if isinstance(row.answer, str) else tuple(row.answer)
+        each = [{answer: 1.0} for answer in answers] if part == "train" else [dict.fromkeys(answers, 1.0)]  # a caption an example, or all of an image
+        return [Example(task.prompt + row.text, answers, row.scenes, references) for answers in each]
+
+    parts = [[example for row in scenes.examples(task.name, part) for example in examples(row, part)] for part in scenes.SCENES]
+    return Dataset(*parts, "scenes", Path(scenes.__file__).parent, sha256_of(Path(scenes.__file__)), 0, fallback=None)
 
 
 def _json(path: Path, kind: type, inside: str | None = None) -> Any:
@@ -271,6 +289,51 @@ TASKS = {task.name: task for task in (
     Task("coco", ("COCO",), "caption:", None, 40, (Layout(("dataset_coco.json",), read_coco),)),
     Task("easy-vqa", ("easy_vqa", "train"), "vqa: ", 20, 10, (Layout(("questions.json",), read_easy_vqa),)),
 )}
+
+
+class Question(NamedTuple):
+    """An encoded example; `draw` chooses one of its answers."""
+
+    source: list[int]
+    answers: tuple[tuple[list[int], float], ...]  # token ids, weight
+    images: tuple[str, ...]
+
+
+def encode(task_name: str, examples: Sequence[Example], tokenizer) -> list[Question]:
+    """Token ids, closed by the end token, at most as long as the task allows."""
+    task = TASKS[task_name]
+
+    def ids(text: str, most: int | None) -> list[int]:
+        return tokenizer.encode(text)[: most and most - 1] + [EOS]
+
+    return [Question(ids(example.source, task.max_source), tuple((ids(answer, task.max_target), weight) for answer, weight in example.answers.items()),
+                     example.images) for example in examples]
+
+
+def draw(questions: Sequence[Question], seed: int, step: int) -> list[Row]:
+    """One answer for each question, with probabilities proportional to the weights, and with its weight in the loss.
+
+    The same for every process.  A question without an answer has weight 0 (VQA's lists keep the frequent answers alone).
+    """
+    rng, rows = random.Random(f"{seed} {step}"), []
+    for source, answers, images in questions:
+        target, weight = rng.choices(answers, [weight for _, weight in answers])[0] if answers else ([EOS], 0.0)
+        rows.append(Row(source, target, images, weight))
+    return rows
+
+
+def score(task_name: str, texts: Sequence[str], examples: Sequence[Example]) -> dict[str, float | int]:
+    """The task's metric in percent: VQA's accuracy (where the ten answers are not there, the weight of the given one), exact match, or CIDEr-D.
+
+    Paper: Table 3 gives CIDEr times 100, as here.
+    """
+    if task_name == "coco":
+        value = {"cider": 100 * cider_d(texts, [list(example.references) for example in examples]),
+                 "bleu4": 100 * bleu(texts, [list(example.references) for example in examples])[3]}
+        return value | {"score": value["cider"], "invalid": 0, "undefined": 0}
+    each = [vqa_accuracy(text, list(example.references)) if example.references else example.answers.get(text, 0.0)
+            for text, example in zip(texts, examples, strict=True)]
+    return {"accuracy": 100 * sum(each) / len(each), "score": 100 * sum(each) / len(each), "invalid": 0, "undefined": 0}
 
 
 def multitask(batches: Mapping[str, Sequence], epoch: int) -> list[tuple[str, Any]]:

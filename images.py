@@ -25,6 +25,7 @@ from clip import CLIP_MEAN, CLIP_STD
 from download import one_at_a_time
 from report import Progress, say
 
+CACHE = Path(os.path.expanduser("~/.cache/ladder-side-tuning/features"))
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP")  # Pillow knows more, for some of which it starts other programs
 ENDINGS = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp")
 MAX_PIXELS = 2**26                               # of one picture: 8192 x 8192, 200 MB

@@ -11,13 +11,17 @@ import torch
 
 import baselines
 import data
+import data_vl
+from clip import CLIP_PUBLIC
 from model import NANO, PUBLIC
 from report import Parser, layers, positive, seeds, whole
 
+TASKS = data.TASKS | data_vl.TASKS
 METHODS = ("lst", *baselines.METHODS)
 PROMPTS = ("paper", "t5")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # load_t5 refuses fp16 and says why
 LR = {"lst": 3e-3, "full": 3e-4, "adapters": 3e-4, "lora": 3e-4, "bitfit": 3e-4, "prompt": 3e-1}  # Sec. 4 and Table 5
+PICTURES_LR = LR | {"bitfit": 3e-3, "prompt": 3e-3}  # Table 6
 BATCH_SIZE, WARMUP_STEPS = 100, 500  # the same; a task's epochs are in data.py
 NANO_WARMUP_STEPS = 60  # of 664 steps on SST-2
 NANO_LR = {"bitfit": 1e-2}  # Paper: 3e-4, with which biases alone learn nothing in 664 steps
@@ -26,14 +30,17 @@ NANO_LR = {"bitfit": 1e-2}  # Paper: 3e-4, with which biases alone learn nothing
 def parse(argv: Sequence[str] | None, description: str) -> argparse.Namespace:
     parser = Parser(description)
     what = parser.add_argument_group("what to train")
-    what.add_argument("--task", type=tasks, help=f"one of {', '.join(data.TASKS)}; several as a list, all as `glue`")
+    what.add_argument("--task", type=tasks, help=f"one of {', '.join(TASKS)}; several as a list, the first eight as `glue`")
     what.add_argument("--model", default="nano", help=f"frozen backbone: nano (bundled, the default), {', '.join(PUBLIC)}, or a folder")
     what.add_argument("--method", default="lst", choices=METHODS, help="lst: the ladder side network (default); the others: baselines.py")
-    what.add_argument("--data", help="folder of the official GLUE folders, or `sample` for the bundled sentences; default: download")
+    what.add_argument("--data", help="folder of the official GLUE folders, or `sample` for the bundled sentences; default: download; of pictures: "
+                      "folder of the task's files; default: drawn scenes")
     what.add_argument("--prompts", default="paper", choices=PROMPTS, help="the authors' prompts with digits as answers (default), or T5's with words")
+    what.add_argument("--clip", default="nano", help=f"image tower: nano (bundled, the default), {', '.join(CLIP_PUBLIC)}, or a folder")
+    what.add_argument("--blank", action="store_true", help="hide the pictures: what the questions alone tell")
     what.add_argument("--max-train-rows", type=positive, help="use only the first so many training rows")
     ladder = parser.add_argument_group("the ladder (Sec. 3)")
-    ladder.add_argument("--r", "--reduction", type=positive, default=8, help="reduction factor (default %(default)s); behind torchrun, which takes --r for an option of its own, write --reduction")
+    ladder.add_argument("--r", "--reduction", type=positive, help="reduction factor (default 8, with pictures 4); behind torchrun, which takes --r for an option of its own, write --reduction")
     ladder.add_argument("--keep", type=layers, help="0-based layers kept in side encoder and decoder, e.g. 1,3,5 (default: all)")
     ladder.add_argument("--init", default="fisher", choices=("fisher", "magnitude", "random"), help="importance for the initial weights (default %(default)s)")
     ladder.add_argument("--prune", default="published", choices=("published", "aligned"), help="how rows are chosen (default %(default)s)")
@@ -60,12 +67,13 @@ def parse(argv: Sequence[str] | None, description: str) -> argparse.Namespace:
     files.add_argument("--resume", action="store_true", help="go on with the run in --out, exactly; a run that has ended is left as it is")
     files.add_argument("--save-steps", type=positive, default=200, help="steps after which all that a resume needs is saved (default %(default)s)")
     files.add_argument("--overwrite", action="store_true", help="allow --out to name a folder that is not empty")
+    files.add_argument("--image", metavar="FILE", nargs="+", help="the picture, or NLVR2's two, that --predict is about")
     files.add_argument("--predict", metavar="TEXT", help="answer for one input with the run in --out; for tasks on pairs: \"A | B\"")
     args = parser.parse_args(argv)
     if args.predict is not None and not args.out:
         parser.error("--predict needs --out, the folder of a run that has ended")
     if args.predict is None and not args.task:
-        parser.error(f"--task is missing: choose from {', '.join(data.TASKS)}")
+        parser.error(f"--task is missing: choose from {', '.join(TASKS)}")
     shaped = [name for name in ("r", "keep", "init", "prune", "fisher_samples", "gates") if getattr(args, name) != parser.get_default(name)]
     if args.method != "lst" and shaped:
         parser.error(f"--{', --'.join(shaped).replace('_', '-')}: the side network's shape, and --method {args.method} has none; leave it out")
@@ -77,6 +85,15 @@ def parse(argv: Sequence[str] | None, description: str) -> argparse.Namespace:
         parser.error("--resume goes on with the run in --out" + (", --overwrite begins anew: give one of them" if args.overwrite else ": name its folder"))
     if args.seeds and args.seed is not None:
         parser.error("--seed and --seeds: give one of them")
+    pictures = [task in data_vl.TASKS for task in args.task or []]
+    if args.task and not any(pictures) and (args.blank or args.clip != "nano"):
+        parser.error("--clip and --blank are about pictures, and these tasks have none: leave them out")
+    if any(pictures) and not all(pictures):
+        parser.error("tasks with and without pictures have other settings: run them one after the other")
+    if args.image and args.predict is None:
+        parser.error("--image is what --predict is about: give both")
+    if args.r is None:
+        args.r = 4 if any(pictures) else 8
     if args.predict is not None and (args.task or args.seeds):
         parser.error("--predict asks the run in --out, which knows its task and seed: leave out --task and --seeds")
     if args.out == "":
@@ -93,15 +110,17 @@ def parse(argv: Sequence[str] | None, description: str) -> argparse.Namespace:
 def tasks(text: str) -> list[str]:
     names = list(data.TASKS) if text == "glue" else [name.strip() for name in text.split(",")]
     for name in names:
-        if name not in data.TASKS or names.count(name) > 1:
-            wrong = "is there twice" if name in data.TASKS else "is no task"
-            raise argparse.ArgumentTypeError(f"{name[:20]!r} {wrong}; choose from {', '.join(data.TASKS)}, or glue")
+        if name not in TASKS or names.count(name) > 1:
+            wrong = "is there twice" if name in TASKS else "is no task"
+            raise argparse.ArgumentTypeError(f"{name[:20]!r} {wrong}; choose from {', '.join(TASKS)}, or glue")
     return names
 
 
 def settle(args: argparse.Namespace, rows: int, sample: bool) -> None:
     """Fill in what the command line left open, for this many training rows."""
-    settings = {"epochs": data.TASKS[args.task].epochs, "lr": LR[args.method], "batch_size": BATCH_SIZE, "warmup_steps": WARMUP_STEPS}
+    pictures = args.task in data_vl.TASKS
+    settings = {"epochs": 20 if pictures else data.TASKS[args.task].epochs, "lr": (PICTURES_LR if pictures else LR)[args.method],
+                "batch_size": BATCH_SIZE, "warmup_steps": WARMUP_STEPS}
     if args.model == "nano":
         settings |= {"warmup_steps": NANO_WARMUP_STEPS, "lr": NANO_LR.get(args.method, settings["lr"])}
         if rows > 30_000:

@@ -36,11 +36,11 @@ def fisher(t5: T5, batches: Iterable[tuple[Tensor, ...]], samples: int = 1024) -
     """
     was_training, was_trainable = t5.training, [p.requires_grad for p in t5.parameters()]
     importance = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in t5.named_parameters()}
-    rows = (tuple(tensor[i : i + 1] for tensor in batch) for batch in batches for i in range(len(batch[0])))
+    rows = (tuple(tensor[i : i + 1] for tensor in batch[:5]) for batch in batches for i in range(len(batch[0])))
     seen = 0
     t5.requires_grad_(True).eval().zero_grad()
     try:
-        for source_ids, source_mask, decoder_ids, decoder_mask, labels in islice(rows, samples):
+        for source_ids, source_mask, decoder_ids, decoder_mask, labels, *_ in islice(rows, samples):
             logits = t5(source_ids, source_mask, decoder_ids, decoder_mask)
             F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100).backward()
             for name, p in t5.named_parameters():

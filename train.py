@@ -28,13 +28,16 @@ from torch import Tensor, nn
 import baselines
 import checkpoint
 import data
+import data_vl
 import distributed
-import metrics
+import images
 import prune
 import report
+import scenes
 from checkpoint import Position, load_trained, read_config, save_trained, sha256_of_backbone, trainable, write_json
-from model import T5, Tokenizer, load_t5, load_tokenizer
-from options import DTYPES, METHODS, PROMPTS, parse, settle
+from clip import load_clip, sha256_of_clip
+from model import PAD, T5, Tokenizer, VisualEmbedding, load_t5, load_tokenizer
+from options import DTYPES, METHODS, PROMPTS, TASKS, parse, settle
 from report import guarded, say
 from side import LadderT5
 
@@ -55,14 +58,16 @@ def build(args: argparse.Namespace) -> nn.Module:
     if args.dtype not in DTYPES:
         raise ValueError(f"dtype is {args.dtype!r}, choose from fp32, bf16")
     t5 = load_t5(args.model, device=args.device, dtype=DTYPES[args.dtype], checkpoint=args.checkpoint)
+    if args.task in data_vl.TASKS:
+        t5.visual = VisualEmbedding(load_clip(args.clip).channels, t5.config)
     if args.method != "lst":
         return baselines.apply(t5, args.method, args.as_authors, args.freeze)
     ladder = LadderT5(t5, r=args.r, keep=args.keep)
     return ladder.shut_gates() if args.gates == "shut" else ladder
 
 
-def initialize(ladder: LadderT5, args: argparse.Namespace, rows: list[data.Encoded]) -> None:
-    """Sec. 3.3: weights for the side network out of the backbone, by the importance that --init names."""
+def initialize(ladder: LadderT5, args: argparse.Namespace, rows: list) -> None:
+    """Sec. 3.3: weights for the side network out of the backbone, by the importance that --init names.  The backbone reads text alone."""
     if args.init == "magnitude":
         prune.init_side(ladder, prune.magnitude(ladder.backbone), args.prune)
     elif args.init == "fisher":
@@ -72,32 +77,70 @@ def initialize(ladder: LadderT5, args: argparse.Namespace, rows: list[data.Encod
         def samples() -> Iterator[data.Batch]:
             for done, row in enumerate(order, 1):
                 progress.step(done)  # before the last one is taken, after which nobody asks for more
-                yield to_device(data.collate([rows[row]]), args.device)
+                yield to_device(data.collate(draw([rows[row]], args, done)), args.device)
 
         prune.init_side(ladder, prune.fisher(ladder.backbone, samples(), len(order)), args.prune)
 
 
 def to_device(batch: data.Batch, device: str) -> data.Batch:
-    return data.Batch(*(tensor.to(device) for tensor in batch))
+    return data.Batch(*(tensor if tensor is None else tensor.to(device) for tensor in batch))
+
+
+def encode(args: argparse.Namespace, examples: list, tokenizer: Tokenizer) -> list:
+    return data_vl.encode(args.task, examples, tokenizer) if args.task in data_vl.TASKS else data.encode(examples, tokenizer)
+
+
+def draw(rows: list, args: argparse.Namespace, step: int) -> list[data.Row]:
+    """Rows with one answer each; a question about a picture may have several, of which each step draws one."""
+    return data_vl.draw(rows, args.seed, step) if args.task in data_vl.TASKS else rows
+
+
+def look(args: argparse.Namespace, dataset: data.Dataset) -> images.Features:
+    """What the frozen CLIP sees in all pictures of the task, computed once."""
+    keys = sorted({key for part in (dataset.train, dataset.val, dataset.test) for example in part for key in example.images})
+    if dataset.name == "scenes":
+        def read(key: str) -> Tensor:
+            return torch.from_numpy(scenes.draw(scenes.scene_of(key)))
+    else:
+        paths = images.find_images(dataset.folder, keys)
+
+        def read(key: str) -> Tensor:
+            return images.read_image(paths[key])
+
+    tower, sha256 = load_clip(args.clip, device=args.device), sha256_of_clip(args.clip)
+    folder = images.CACHE / f"{dataset.name}-{sha256[:12]}"
+    return images.features(tower, read, keys, folder, made_by=f"{sha256} {dataset.folder}", size=tower.config.image_size, device=args.device)
+
+
+def collate(rows: list[data.Row], args: argparse.Namespace, features: images.Features | None) -> data.Batch:
+    batch = data.collate(rows)
+    if features is not None:
+        seen = features.lookup([row.images for row in rows])  # (B, N, P, C)
+        batch = batch._replace(images=torch.zeros_like(seen) if args.blank else seen)
+    return to_device(batch, args.device)
 
 
 def loss_of(model: nn.Module, batch: data.Batch) -> Tensor:
-    """Cross-entropy, summed over the label tokens of the batch."""
-    logits = model(batch.source_ids, batch.source_mask, batch.decoder_ids, batch.decoder_mask)  # (B, T, V)
-    return F.cross_entropy(logits.flatten(0, 1).float(), batch.labels.flatten(), ignore_index=-100, reduction="sum")
+    """Cross-entropy, summed over the label tokens of the batch, each with the weight of its row."""
+    # Paper: with pictures the authors take the mean over each answer's tokens, then over the batch; ours is over all label tokens, as with text.
+    logits = model(batch.source_ids, batch.source_mask, batch.decoder_ids, batch.decoder_mask, batch.images)  # (B, T, V)
+    if batch.weights is None:
+        return F.cross_entropy(logits.flatten(0, 1).float(), batch.labels.flatten(), ignore_index=-100, reduction="sum")
+    each = F.cross_entropy(logits.flatten(0, 1).float(), batch.labels.flatten(), ignore_index=-100, reduction="none")
+    return each.view_as(batch.labels).sum(dim=1) @ batch.weights
 
 
-def backward(model: nn.Module, rows: list[data.Encoded], args: argparse.Namespace) -> Tensor:
+def backward(model: nn.Module, rows: list[data.Row], args: argparse.Namespace, features: images.Features | None = None) -> Tensor:
     """The batch's mean cross-entropy over its label tokens, and the gradient.  Of a batch this process takes its share of the rows, in
     --accumulate passes; each counts by its label tokens, so the sum over passes and processes is the mean of the undivided batch."""
     parts, first = distributed.processes() * args.accumulate, distributed.rank() * args.accumulate
-    tokens, loss = sum(len(target) for _, target in rows), torch.zeros((), device=args.device)
+    tokens, loss = sum(len(row.target) for row in rows), torch.zeros((), device=args.device)
     for part in range(first, first + args.accumulate):
         last = part == first + args.accumulate - 1
         if part >= len(rows) and not last:
             continue  # the last batch of an epoch may have fewer rows than parts
         weight = (part < len(rows)) / tokens  # the last pass sends the gradient: without a row of its own it takes one that counts nothing
-        batch = to_device(data.collate(rows[part::parts] or rows[:1]), args.device)
+        batch = collate(rows[part::parts] or rows[:1], args, features)
         with contextlib.nullcontext() if last else distributed.sent_later(model):
             share = loss_of(model, batch) * weight
             (share * distributed.processes()).backward()  # DistributedDataParallel takes the mean over the processes
@@ -118,26 +161,36 @@ def learning_rate(step: int, peak: float, warmup: int, total: int) -> float:
     return peak * (step + 1) / warmup if step < warmup else peak * (total - step) / max(1, total - warmup)
 
 
-def evaluate(model: nn.Module, tokenizer: Tokenizer, args: argparse.Namespace, examples: list[data.Example]) -> dict:
-    """Greedy answers -> the task's metrics in percent.  Each process answers its share."""
-    encoded, answers = data.encode(examples, tokenizer), {}
+@torch.no_grad()
+def answer(model: nn.Module, tokenizer: Tokenizer, batch: data.Batch, task: str) -> list[str]:
+    """The text that the model generates for each row: greedily; captions by a beam of 5; NLVR2 takes the likelier of its two words."""
+    if task == "nlvr2":
+        words = ["true", "false"]
+        first = model.step(torch.full_like(batch.source_ids[:, :1], PAD), model.start(batch.source_ids, batch.source_mask, images=batch.images))  # (B, V)
+        return [words[i] for i in first[:, [tokenizer.encode(word)[0] for word in words]].argmax(dim=-1).tolist()]
+    ids = model.generate(batch.source_ids, batch.source_mask, MAX_NEW_TOKENS, 5 if task == "coco" else 1, batch.images)
+    return [tokenizer.decode(row) for row in ids.tolist()]
+
+
+def evaluate(model: nn.Module, tokenizer: Tokenizer, args: argparse.Namespace, examples: list, features: images.Features | None = None) -> dict:
+    """Generated answers -> the task's metrics in percent.  Each process answers its share."""
+    rows, texts = draw(encode(args, examples, tokenizer), args, 0), {}
     was_training = model.training
     model.eval()
-    for rows in data.in_order(encoded, args.batch_size)[distributed.rank()::distributed.processes()]:
-        batch = to_device(data.collate([encoded[i] for i in rows]), args.device)
-        for i, ids in zip(rows, model.generate(batch.source_ids, batch.source_mask, MAX_NEW_TOKENS).tolist()):
-            answers[i] = data.read_answer(args.task, tokenizer.decode(ids), args.prompts)
+    for indices in data.in_order(rows, args.batch_size)[distributed.rank()::distributed.processes()]:
+        texts |= zip(indices, answer(model, tokenizer, collate([rows[i] for i in indices], args, features), args.task))
     model.train(was_training)
-    answers = distributed.gather(answers)
-    if len(set(answers.values())) == 1 and len(set(e.label for e in examples)) > 1:
-        say(f"warning: every answer is {answers[0]!r}: the model has learned nothing yet, or the learning rate {args.lr} is too high")
-    return metrics.glue_score(args.task, [answers[i] for i in range(len(examples))], [example.label for example in examples])
+    texts = distributed.gather(texts)
+    if len(set(texts.values())) == 1 and len({tuple(row.target) for row in rows}) > 1:
+        say(f"warning: every answer is {texts[0]!r}: the model has learned nothing yet, or the learning rate {args.lr} is too high")
+    texts = [texts[i] for i in range(len(examples))]
+    return data_vl.score(args.task, texts, examples) if args.task in data_vl.TASKS else data.score(args.task, texts, examples, args.prompts)
 
 
 def load(folder: str | Path, device: str = "cpu") -> tuple[nn.Module, Tokenizer]:
     """What a run left, ready to answer: the model in eval mode, and its tokenizer.  ValueError if the backbone is not the same."""
     args = argparse.Namespace(**read_config(folder) | {"device": device})
-    if args.task not in data.TASKS or args.method not in METHODS or args.prompts not in PROMPTS:
+    if args.task not in TASKS or args.method not in METHODS or args.prompts not in PROMPTS:
         raise ValueError(f"{folder} holds a run of method {args.method!r} on task {args.task!r} with prompts {args.prompts!r}, which are not known here")
     if (found := sha256_of_backbone(args.model)) != args.backbone_sha256:
         raise ValueError(f"the backbone {args.model} is not the one of {folder}: sha256 {found[:12]}..., was {args.backbone_sha256[:12]}...")
@@ -154,12 +207,32 @@ def predict(args: argparse.Namespace) -> dict:
     model, tokenizer = load(args.out, args.device)
     if not args.predict.isascii() and args.predict != args.predict.encode("utf-8", "ignore").decode():
         raise ValueError(f"--predict takes UTF-8 text, given was {args.predict[:40]!r}")
+    if run.task in data_vl.TASKS:
+        return predict_picture(args, run, model, tokenizer)
+    if args.image:
+        raise ValueError(f"--image is for a run about pictures; {args.out} holds one of {run.task}: leave it out")
     example = data.Example(data.prompt(run.task, args.predict, run.prompts), "", 0)
     batch = to_device(data.collate(data.encode([example], tokenizer)), args.device)
-    text = tokenizer.decode(model.generate(batch.source_ids, batch.source_mask, MAX_NEW_TOKENS)[0].tolist())
+    text = answer(model, tokenizer, batch, run.task)[0]
     label, words = data.read_answer(run.task, text, run.prompts), data.TASKS[run.task].words
     say(f"{text!r}, which is no answer of {run.task}" if label is None else words[label] if words else str(label))
     return {"text": text, "label": label}
+
+
+def predict_picture(args: argparse.Namespace, run: argparse.Namespace, model: nn.Module, tokenizer: Tokenizer) -> dict:
+    """The answer to a text about --image; NLVR2 takes two."""
+    wanted = 2 if run.task == "nlvr2" else 1
+    if len(args.image or []) != wanted:
+        raise ValueError(f"a run of {run.task} answers about {wanted} picture{'s' * (wanted > 1)}: give --image FILE{' FILE' * (wanted > 1)}")
+    tower = load_clip(run.clip, device=args.device)
+    pictures = images.preprocess([images.read_image(path) for path in args.image], tower.config.image_size).to(args.device)
+    with torch.no_grad():
+        seen = images.pool(tower(pictures)).half().float()[None]  # (1, N, P, C), rounded as on the disk
+    example = data_vl.Example(data_vl.TASKS[run.task].prompt + args.predict, {}, ())
+    batch = to_device(data.collate(data_vl.draw(data_vl.encode(run.task, [example], tokenizer), 0, 0))._replace(images=seen), args.device)
+    text = answer(model, tokenizer, batch, run.task)[0]
+    say(text)
+    return {"text": text}
 
 
 def train(args: argparse.Namespace, out: Path) -> dict:
@@ -175,18 +248,23 @@ def train(args: argparse.Namespace, out: Path) -> dict:
         raise ValueError(f"{args.model}: spiece.model has {tokenizer.vocab_size} ids, config.json's vocab_size is {backbone.config.vocab_size}: they do not belong together")
 
     # data: rows of a file -> text pairs -> token ids
-    dataset = data.load(args.task, args.data, args.prompts)
+    pictures = args.task in data_vl.TASKS
+    dataset = data_vl.load(args.task, args.data) if pictures else data.load(args.task, args.data, args.prompts)
     if dataset.fallback:
         say(data.banner(dataset.fallback))
     if distributed.agree(dataset.sha256) != dataset.sha256:  # one process may have had no network
         raise ValueError("the processes have read different data; give --data with a folder that all of them see")
-    rows = data.encode(dataset.train[: args.max_train_rows], tokenizer)
+    rows = encode(args, dataset.train[: args.max_train_rows], tokenizer)
+    features = look(args, dataset) if pictures else None
     settle(args, len(rows), sample=dataset.name == "bundled-sample")
 
     with torch.device("meta"):
         total = sum(p.numel() for p in T5(backbone.config).parameters())  # the backbone's own, before a method added to it
+    whole = "the backbone's"
+    if pictures:
+        total, whole = sum(p.numel() for p in model.parameters()), "all"  # Table 3's share is of all parameters, those added among them
     count = sum(p.numel() for p in trainable(model).values())
-    say(f"{args.method} on {args.model}: {count:,} parameters train, {100 * count / total:.3f} % of the backbone's {total:,}")
+    say(f"{args.method} on {args.model}: {count:,} parameters train, {100 * count / total:.3f} % of {whole} {total:,}")
     say(f"{args.task} ({dataset.name}): {len(rows):,} training, {len(dataset.val):,} validation, {len(dataset.test):,} test rows"
         + (f", {dataset.skipped} skipped" if dataset.skipped else ""))
     epochs = math.ceil(args.steps / math.ceil(len(rows) / args.batch_size))
@@ -199,6 +277,7 @@ def train(args: argparse.Namespace, out: Path) -> dict:
     if args.model != "nano" and Path(args.model).is_dir():
         config["model"] = str(Path(args.model).resolve())
     config |= {"backbone_sha256": sha256_of_backbone(args.model), "data_sha256": dataset.sha256}
+    config |= {"clip_sha256": sha256_of_clip(args.clip)} if pictures else {}
     about = {"command": args.command, "versions": report.versions(), "hardware": report.hardware(args.device)}
     there = distributed.agree([name for name in checkpoint.FILES if args.resume and (out / name).exists()])
     if "config.json" in there:
@@ -224,9 +303,10 @@ def train(args: argparse.Namespace, out: Path) -> dict:
 
     report.reset_peak(args.device)  # training's peak, as in the paper, without the Fisher pass
     try:
-        fit(args, model, optimizer, tokenizer, rows, dataset.val, out, config, at)
+        fit(args, model, optimizer, tokenizer, rows, dataset.val, features, out, config, at)
         load_trained(out, model)  # the best epoch
-        test = evaluate(model, tokenizer, args, dataset.test)
+        test = evaluate(model, tokenizer, args, dataset.test, features)
+        hidden = evaluate(model, tokenizer, argparse.Namespace(**vars(args) | {"blank": True}), dataset.test, features) if pictures else None
     except (KeyboardInterrupt, FloatingPointError):
         say(f"\nstopped after {at.step} of {args.steps} steps; " + (f"epoch {at.best['epoch']} (validation {at.best['val']['score']:.2f}) is kept in {out}"
                                                                    if at.best else "no epoch had ended, no weights were kept"))
@@ -239,10 +319,14 @@ def train(args: argparse.Namespace, out: Path) -> dict:
         "steps": at.step, "best_epoch": at.best["epoch"], **took, "val": at.best["val"], "test": test,
         "fallback": dataset.fallback, "skipped_rows": dataset.skipped, **about, "config": config,
     }
+    if pictures:
+        results["test_hidden"] = hidden
     if args.method == "lst":
         results["gates"] = {name: [rung.mu.item() for rung in getattr(model, name).ladders] for name in ("encoder", "decoder")}
         say(report.gates(model))
     say(f"test {report.scores(test)}  (epoch {at.best['epoch']}, the best on validation)")
+    if pictures:
+        say(f"with the pictures hidden {report.scores(hidden)}")
     say(f"{results['seconds'] / 60:.1f} minutes, {kind} memory {results['peak_memory_bytes'] / 2**20:.0f} MiB, saved in {out}")
     if distributed.rank() == 0:
         write_json(out / "config.json", config | about | took)
@@ -251,8 +335,8 @@ def train(args: argparse.Namespace, out: Path) -> dict:
     return results
 
 
-def fit(args: argparse.Namespace, model: nn.Module, optimizer: torch.optim.Optimizer, tokenizer: Tokenizer, rows: list[data.Encoded],
-        val: list[data.Example], out: Path, config: dict, at: Position) -> None:
+def fit(args: argparse.Namespace, model: nn.Module, optimizer: torch.optim.Optimizer, tokenizer: Tokenizer, rows: list, val: list,
+        features: images.Features | None, out: Path, config: dict, at: Position) -> None:
     """The plain loop, from position `at` to the last step; the best epoch on validation is kept in `out`."""
     writes, parameters, replica = distributed.rank() == 0, list(trainable(model).values()), distributed.wrap(model)
     log = open(out / "metrics.jsonl" if writes else os.devnull, "a", encoding="utf-8", buffering=1)
@@ -276,7 +360,7 @@ def fit(args: argparse.Namespace, model: nn.Module, optimizer: torch.optim.Optim
                 lr = learning_rate(at.step, args.lr, args.warmup_steps, args.steps)
                 for group in optimizer.param_groups:
                     group["lr"] = lr
-                loss = backward(replica, [rows[i] for i in indices], args)
+                loss = backward(replica, draw([rows[i] for i in indices], args, at.step), args, features)
                 norm = nn.utils.clip_grad_norm_(parameters, 1.0)
                 loss, stop = distributed.total(torch.stack([loss, torch.full_like(loss, len(asked))])).tolist()  # one asked to stop, all stop
                 if not (math.isfinite(loss) and norm.isfinite()):
@@ -293,7 +377,7 @@ def fit(args: argparse.Namespace, model: nn.Module, optimizer: torch.optim.Optim
                 if stop:
                     distributed.wait()  # for the first process, which saves
                     raise KeyboardInterrupt(*asked)
-            result = evaluate(model, tokenizer, args, val)
+            result = evaluate(model, tokenizer, args, val, features)
             say(f"epoch {epoch + 1}: validation {report.scores(result)}")
             log.write(json.dumps({"step": at.step, "epoch": epoch + 1, "val": result}) + "\n")
             if at.best is None or result["score"] > at.best["val"]["score"]:
@@ -330,7 +414,7 @@ def several(args: argparse.Namespace, out: Path) -> dict:
             with checkpoint.claim(folder, distributed.rank()):
                 runs.append(train(argparse.Namespace(**vars(args) | {"task": task, "seed": seed}), folder))
             results = report.summary(runs) | {"command": args.command, "runs": runs}
-            table = report.table(runs, {name: task.folder for name, task in data.TASKS.items()})
+            table = report.table(runs, {name: getattr(task, "folder", name) for name, task in TASKS.items()})
             if distributed.rank() == 0:
                 write_json(out / "results.json", results)
                 checkpoint.write_text(out / "results.md", table + "\n")
