@@ -86,6 +86,10 @@ def to_device(batch: data.Batch, device: str) -> data.Batch:
     return data.Batch(*(tensor if tensor is None else tensor.to(device) for tensor in batch))
 
 
+def load_data(args: argparse.Namespace, task: str) -> data.Dataset:
+    return data_vl.load(task, args.data) if task in data_vl.TASKS else data.load(task, args.data, args.prompts)
+
+
 def encode(args: argparse.Namespace, examples: list, tokenizer: Tokenizer) -> list:
     return data_vl.encode(args.task, examples, tokenizer) if args.task in data_vl.TASKS else data.encode(examples, tokenizer)
 
@@ -248,8 +252,7 @@ def train(args: argparse.Namespace, out: Path) -> dict:
         raise ValueError(f"{args.model}: spiece.model has {tokenizer.vocab_size} ids, config.json's vocab_size is {backbone.config.vocab_size}: they do not belong together")
 
     # data: rows of a file -> text pairs -> token ids
-    pictures = args.task in data_vl.TASKS
-    dataset = data_vl.load(args.task, args.data) if pictures else data.load(args.task, args.data, args.prompts)
+    pictures, dataset = args.task in data_vl.TASKS, load_data(args, args.task)
     if dataset.fallback:
         say(data.banner(dataset.fallback))
     if distributed.agree(dataset.sha256) != dataset.sha256:  # one process may have had no network
@@ -396,7 +399,7 @@ def several(args: argparse.Namespace, out: Path) -> dict:
     config, runs = {"task": args.task, "seeds": args.seeds}, []
     load_tokenizer(args.model)
     for task in args.task:  # what is missing is said now, and not when the days of the first task have passed
-        data.load(task, args.data, args.prompts)
+        load_data(args, task)
     if distributed.agree(args.resume and (out / "config.json").exists()):
         checkpoint.check_same(out, config)
     elif distributed.rank() == 0:
