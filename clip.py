@@ -249,38 +249,44 @@ def sha256_of_clip(model: str | Path) -> str:
 
 
 def clip_config(model: str | Path, weights: Checkpoint, naming: int) -> ResNetConfig | ViTConfig:
-    """Sizes from the tensors' shapes; a ViT's heads and activation, which no shape tells, from the json file beside the weights."""
+    """Sizes from the tensors' shapes; what no shape tells from the json file beside the weights: a ViT's heads and activation, and the size of
+    the images of a ResNet that came without its attention pool."""
     def count(start: str) -> int:
         return len({key.removeprefix(start).partition(".")[0] for key in weights.files if key.startswith(start)})
 
+    filename = "open_clip_config.json" if naming == 1 else "config.json"
+    pool, resnet = "visual.attnpool.positional_embedding", count("visual.layer") > 0
     try:  # isqrt: of the positions one is the class token's, or in the attention pool the mean's, the others are a square
-        if count("visual.layer"):
-            pool = "visual.attnpool.positional_embedding"
-            return ResNetConfig(image_size=32 * math.isqrt(weights.shape(pool)[0]) if pool in weights.files else 224,
-                                width=weights.shape("visual.conv3.weight")[0], layers=tuple(count(f"visual.layer{i}.") for i in (1, 2, 3, 4)))
-        patches, positions, wi = (weights.shape(clip_key(name, naming)[0])
-                                  for name in ("patch_embedding.weight", "position_embedding", "blocks.0.wi.weight"))
-        sizes = dict(image_size=patches[3] * math.isqrt(positions[0]), patch_size=patches[3], width=patches[0],
-                     num_layers=count(clip_key("blocks.", naming)[0]), d_ff=wi[0])
+        if resnet:
+            sizes = dict(width=weights.shape("visual.conv3.weight")[0], layers=tuple(count(f"visual.layer{i}.") for i in (1, 2, 3, 4)))
+            if pool in weights.files:
+                return ResNetConfig(image_size=32 * math.isqrt(weights.shape(pool)[0]), **sizes)
+        else:
+            patches, positions, wi = (weights.shape(clip_key(name, naming)[0])
+                                      for name in ("patch_embedding.weight", "position_embedding", "blocks.0.wi.weight"))
+            sizes = dict(image_size=patches[3] * math.isqrt(positions[0]), patch_size=patches[3], width=patches[0],
+                         num_layers=count(clip_key("blocks.", naming)[0]), d_ff=wi[0])
     except (KeyError, IndexError) as error:
         raise ValueError(f"checkpoint of {model} does not fit: a key that tells a size is missing or misshapen ({error})") from None
-    filename = "open_clip_config.json" if naming == 1 else "config.json"
     path = clip_file(model, filename)
     if path is None:
-        raise ValueError(f"{model} lacks {filename}, which tells a ViT's heads and activation")
+        raise ValueError(f"{model} lacks {filename}, which tells " + ("the size of the images" if resnet else "a ViT's heads and activation"))
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-        if naming == 1:
-            vision, quick = raw["model_cfg"]["vision_cfg"], raw["model_cfg"].get("quick_gelu", False)
-            width, heads, activation = vision["width"], sizes["width"] // vision.get("head_width", 64), "quick_gelu" if quick else "gelu"
+        vision = raw["model_cfg"]["vision_cfg"] if naming == 1 else raw.get("vision_config", raw)
+        if resnet:
+            told = dict(image_size=vision["image_size"])
+        elif naming == 1:
+            quick = raw["model_cfg"].get("quick_gelu", False)
+            told = dict(num_heads=sizes["width"] // vision.get("head_width", 64), activation="quick_gelu" if quick else "gelu")
         else:  # such a file leaves out what equals ViT-B/32's
-            vision = raw.get("vision_config", raw)
-            width, heads, activation = vision.get("hidden_size", 768), vision.get("num_attention_heads", 12), vision.get("hidden_act", "quick_gelu")
+            told = dict(num_heads=vision.get("num_attention_heads", 12), activation=vision.get("hidden_act", "quick_gelu"))
+        width = vision["width"] if naming == 1 else vision.get("hidden_size", 768)
     except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError, RecursionError) as error:
         raise ValueError(f"{path} does not describe a CLIP ({error!r:.100}); get it again") from None
     if width != sizes["width"]:
         raise ValueError(f"{path} is another CLIP's: its width is {brief.repr(width)}, that of the weights {sizes['width']}")
-    return ViTConfig(**sizes, num_heads=heads, activation=activation)
+    return ResNetConfig(**sizes, **told) if resnet else ViTConfig(**sizes, **told)
 
 
 def load_clip(model: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> ModifiedResNet | ViT:

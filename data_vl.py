@@ -49,6 +49,7 @@ class Task:
     prompt: str
     max_source: int | None     # tokens with the end token, beyond which texts are cut; None: never
     max_target: int | None
+    share: float               # rows of its steps over those of VQA's, where several tasks are learned together (Sec. 4)
     layouts: tuple[Layout, ...]
 
 
@@ -276,18 +277,18 @@ KARPATHY = {"train": 0, "restval": 0, "val": 1, "test": 2}  # his split of COCO'
 VQA_FILES = ("v2_OpenEnded_mscoco_train2014_questions.json", "v2_mscoco_train2014_annotations.json",
              "v2_OpenEnded_mscoco_val2014_questions.json", "v2_mscoco_val2014_annotations.json")
 TASKS = {task.name: task for task in (
-    Task("vqa", ("vqa",), "vqa: ", 20, 10, (
+    Task("vqa", ("vqa",), "vqa: ", 20, 10, 1, (
         Layout(("karpathy_train.json", "karpathy_val.json", "karpathy_test.json"), read_lists, optional=VQA_FILES[1::2]),
         Layout(VQA_FILES, read_vqa, optional=("dataset_coco.json",)))),
     # Paper: the authors' prompt is "gpa: ", a slip of the pen; the side network learns either.
-    Task("gqa", ("GQA", "questions1.2"), "gqa: ", 20, None, (
+    Task("gqa", ("GQA", "questions1.2"), "gqa: ", 20, None, 100 / 60, (
         Layout(("train_balanced_questions.json", "val_balanced_questions.json", "testdev_balanced_questions.json"), read_gqa),
         Layout(("train.json", "valid.json", "testdev.json"), read_lists))),
-    Task("nlvr2", ("nlvr",), "nlvr: ", None, None, (
+    Task("nlvr2", ("nlvr",), "nlvr: ", None, None, 20 / 60, (
         Layout(("train.json", "dev.json", "test1.json"), read_nlvr2),
         Layout(("train.json", "valid.json", "test.json"), read_lists))),
-    Task("coco", ("COCO",), "caption:", None, 40, (Layout(("dataset_coco.json",), read_coco),)),
-    Task("easy-vqa", ("easy_vqa", "train"), "vqa: ", 20, 10, (Layout(("questions.json",), read_easy_vqa),)),
+    Task("coco", ("COCO",), "caption:", None, 40, 50 / 60, (Layout(("dataset_coco.json",), read_coco),)),
+    Task("easy-vqa", ("easy_vqa", "train"), "vqa: ", 20, 10, 1, (Layout(("questions.json",), read_easy_vqa),)),
 )}
 
 

@@ -100,7 +100,7 @@ def preprocess(images: Iterable[Tensor], size: int = 224) -> Tensor:
         assert image.dtype == torch.uint8 and image.ndim == 3 and image.size(2) == 3, \
             f"a picture is uint8 ['H', 'W', 3], not {image.dtype} {list(image.shape)}"
         squashed.append(F.interpolate(image.permute(2, 0, 1)[None], (size, size), mode="bicubic", antialias=True))  # (1, 3, size, size)
-    return (torch.cat(squashed).float() / 255 - mean) / std
+    return torch.cat(squashed).float().div_(255).sub_(mean).div_(std)
 
 
 # -------------------------------------------------------------------------------------------------------------- features

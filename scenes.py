@@ -11,7 +11,7 @@ reads only the question guesses; NLVR2's sentences come as twins, one true and o
 import random
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import permutations
@@ -119,14 +119,14 @@ def coverage(shape: str, size: str, tilt: int) -> np.ndarray:
     return inside.reshape(2 * reach + 1, 8, 2 * reach + 1, 8).sum((1, 3))
 
 
-def draw(scene: Scene) -> np.ndarray:
-    """The picture, (64, 64, 3) uint8, with smooth edges."""
+def draw(scene: Scene, palette: Mapping[str, tuple[int, int, int]] = COLORS) -> np.ndarray:
+    """The picture, (64, 64, 3) uint8, with smooth edges; the palette tells what a color's name looks like."""
     picture = np.empty((SIDE, SIDE, 3), np.int64)
     picture[:] = scene.background
     for o in scene.objects:
         reach, cover = REACH[o.size], coverage(o.shape, o.size, o.tilt)[..., None]
         window = picture[o.y - reach:o.y + reach + 1, o.x - reach:o.x + reach + 1]
-        window[:] = (window * (64 - cover) + np.array(COLORS[o.color]) * cover + 32) // 64
+        window[:] = (window * (64 - cover) + np.array(palette[o.color]) * cover + 32) // 64
     return (picture * scene.light // 100).astype(np.uint8)
 
 

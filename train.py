@@ -33,15 +33,15 @@ import distributed
 import images
 import prune
 import report
-import scenes
+import tasks
 from checkpoint import Position, load_trained, read_config, save_trained, sha256_of_backbone, trainable, write_json
 from clip import load_clip, sha256_of_clip
-from model import PAD, T5, Tokenizer, VisualEmbedding, load_t5, load_tokenizer
-from options import DTYPES, METHODS, PROMPTS, TASKS, parse, settle
+from model import T5, Tokenizer, VisualEmbedding, load_t5, load_tokenizer
+from options import DTYPES, METHODS, PROMPTS, parse, settle
 from report import guarded, say
 from side import LadderT5
+from tasks import TASKS
 
-MAX_NEW_TOKENS = 20  # of a generated answer
 NO_CONFIG = ("out", "overwrite", "resume", "predict", "save_steps", "seeds", "command")  # may differ when a run goes on
 
 
@@ -58,7 +58,7 @@ def build(args: argparse.Namespace) -> nn.Module:
     if args.dtype not in DTYPES:
         raise ValueError(f"dtype is {args.dtype!r}, choose from fp32, bf16")
     t5 = load_t5(args.model, device=args.device, dtype=DTYPES[args.dtype], checkpoint=args.checkpoint)
-    if args.task in data_vl.TASKS:
+    if tasks.has_pictures(args.task):
         t5.visual = VisualEmbedding(load_clip(args.clip).channels, t5.config)
     if args.method != "lst":
         return baselines.apply(t5, args.method, args.as_authors, args.freeze)
@@ -66,62 +66,25 @@ def build(args: argparse.Namespace) -> nn.Module:
     return ladder.shut_gates() if args.gates == "shut" else ladder
 
 
-def initialize(ladder: LadderT5, args: argparse.Namespace, rows: list) -> None:
+def initialize(ladder: LadderT5, args: argparse.Namespace, rows: tasks.Rows) -> None:
     """Sec. 3.3: weights for the side network out of the backbone, by the importance that --init names.  The backbone reads text alone."""
     if args.init == "magnitude":
         prune.init_side(ladder, prune.magnitude(ladder.backbone), args.prune)
     elif args.init == "fisher":
-        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(args.seed)).tolist()[: args.fisher_samples]
+        each = [(task, row) for task, of_task in rows.items() for row in of_task]
+        order = torch.randperm(len(each), generator=torch.Generator().manual_seed(args.seed)).tolist()[: args.fisher_samples]
         progress = report.Progress("Fisher information, sample", len(order))
 
         def samples() -> Iterator[data.Batch]:
-            for done, row in enumerate(order, 1):
+            for done, (task, row) in enumerate((each[i] for i in order), 1):
                 progress.step(done)  # before the last one is taken, after which nobody asks for more
-                yield to_device(data.collate(draw([rows[row]], args, done)), args.device)
+                yield to_device(data.collate(tasks.draw(task, [row], args.seed, done)), args.device)
 
         prune.init_side(ladder, prune.fisher(ladder.backbone, samples(), len(order)), args.prune)
 
 
 def to_device(batch: data.Batch, device: str) -> data.Batch:
     return data.Batch(*(tensor if tensor is None else tensor.to(device) for tensor in batch))
-
-
-def load_data(args: argparse.Namespace, task: str) -> data.Dataset:
-    return data_vl.load(task, args.data) if task in data_vl.TASKS else data.load(task, args.data, args.prompts)
-
-
-def encode(args: argparse.Namespace, examples: list, tokenizer: Tokenizer) -> list:
-    return data_vl.encode(args.task, examples, tokenizer) if args.task in data_vl.TASKS else data.encode(examples, tokenizer)
-
-
-def draw(rows: list, args: argparse.Namespace, step: int) -> list[data.Row]:
-    """Rows with one answer each; a question about a picture may have several, of which each step draws one."""
-    return data_vl.draw(rows, args.seed, step) if args.task in data_vl.TASKS else rows
-
-
-def look(args: argparse.Namespace, dataset: data.Dataset) -> images.Features:
-    """What the frozen CLIP sees in all pictures of the task, computed once."""
-    keys = sorted({key for part in (dataset.train, dataset.val, dataset.test) for example in part for key in example.images})
-    if dataset.name == "scenes":
-        def read(key: str) -> Tensor:
-            return torch.from_numpy(scenes.draw(scenes.scene_of(key)))
-    else:
-        paths = images.find_images(dataset.folder, keys)
-
-        def read(key: str) -> Tensor:
-            return images.read_image(paths[key])
-
-    tower, sha256 = load_clip(args.clip, device=args.device), sha256_of_clip(args.clip)
-    folder = images.CACHE / f"{dataset.name}-{sha256[:12]}"
-    return images.features(tower, read, keys, folder, made_by=f"{sha256} {dataset.folder}", size=tower.config.image_size, device=args.device)
-
-
-def collate(rows: list[data.Row], args: argparse.Namespace, features: images.Features | None) -> data.Batch:
-    batch = data.collate(rows)
-    if features is not None:
-        seen = features.lookup([row.images for row in rows])  # (B, N, P, C)
-        batch = batch._replace(images=torch.zeros_like(seen) if args.blank else seen)
-    return to_device(batch, args.device)
 
 
 def loss_of(model: nn.Module, batch: data.Batch) -> Tensor:
@@ -144,7 +107,7 @@ def backward(model: nn.Module, rows: list[data.Row], args: argparse.Namespace, f
         if part >= len(rows) and not last:
             continue  # the last batch of an epoch may have fewer rows than parts
         weight = (part < len(rows)) / tokens  # the last pass sends the gradient: without a row of its own it takes one that counts nothing
-        batch = collate(rows[part::parts] or rows[:1], args, features)
+        batch = to_device(tasks.collate(rows[part::parts] or rows[:1], features, args.blank), args.device)
         with contextlib.nullcontext() if last else distributed.sent_later(model):
             share = loss_of(model, batch) * weight
             (share * distributed.processes()).backward()  # DistributedDataParallel takes the mean over the processes
@@ -165,36 +128,27 @@ def learning_rate(step: int, peak: float, warmup: int, total: int) -> float:
     return peak * (step + 1) / warmup if step < warmup else peak * (total - step) / max(1, total - warmup)
 
 
-@torch.no_grad()
-def answer(model: nn.Module, tokenizer: Tokenizer, batch: data.Batch, task: str) -> list[str]:
-    """The text that the model generates for each row: greedily; captions by a beam of 5; NLVR2 takes the likelier of its two words."""
-    if task == "nlvr2":
-        words = ["true", "false"]
-        first = model.step(torch.full_like(batch.source_ids[:, :1], PAD), model.start(batch.source_ids, batch.source_mask, images=batch.images))  # (B, V)
-        return [words[i] for i in first[:, [tokenizer.encode(word)[0] for word in words]].argmax(dim=-1).tolist()]
-    ids = model.generate(batch.source_ids, batch.source_mask, MAX_NEW_TOKENS, 5 if task == "coco" else 1, batch.images)
-    return [tokenizer.decode(row) for row in ids.tolist()]
-
-
-def evaluate(model: nn.Module, tokenizer: Tokenizer, args: argparse.Namespace, examples: list, features: images.Features | None = None) -> dict:
-    """Generated answers -> the task's metrics in percent.  Each process answers its share."""
-    rows, texts = draw(encode(args, examples, tokenizer), args, 0), {}
-    was_training = model.training
+def evaluate(model: nn.Module, tokenizer: Tokenizer, args: argparse.Namespace, parts: dict[str, list], features: images.Features | None = None) -> dict:
+    """Generated answers -> the metrics of each task in percent.  Each process answers its share."""
+    scores, was_training = {}, model.training
     model.eval()
-    for indices in data.in_order(rows, args.batch_size)[distributed.rank()::distributed.processes()]:
-        texts |= zip(indices, answer(model, tokenizer, collate([rows[i] for i in indices], args, features), args.task))
+    for task, examples in parts.items():
+        rows, texts = tasks.draw(task, tasks.encode(task, examples, tokenizer), args.seed, 0), {}
+        for indices in data.in_order(rows, args.batch_size)[distributed.rank()::distributed.processes()]:
+            batch = to_device(tasks.collate([rows[i] for i in indices], features, args.blank), args.device)
+            texts |= zip(indices, tasks.answer(model, tokenizer, batch, task))
+        texts = distributed.gather(texts)
+        if len(set(texts.values())) == 1 and len({tuple(row.target) for row in rows}) > 1:
+            say(f"warning: every answer is {texts[0]!r}: the model has learned nothing yet, or the learning rate {args.lr} is too high")
+        scores[task] = tasks.score(task, [texts[i] for i in range(len(examples))], examples, args.prompts)
     model.train(was_training)
-    texts = distributed.gather(texts)
-    if len(set(texts.values())) == 1 and len({tuple(row.target) for row in rows}) > 1:
-        say(f"warning: every answer is {texts[0]!r}: the model has learned nothing yet, or the learning rate {args.lr} is too high")
-    texts = [texts[i] for i in range(len(examples))]
-    return data_vl.score(args.task, texts, examples) if args.task in data_vl.TASKS else data.score(args.task, texts, examples, args.prompts)
+    return tasks.together(scores)
 
 
 def load(folder: str | Path, device: str = "cpu") -> tuple[nn.Module, Tokenizer]:
     """What a run left, ready to answer: the model in eval mode, and its tokenizer.  ValueError if the backbone is not the same."""
     args = argparse.Namespace(**read_config(folder) | {"device": device})
-    if args.task not in TASKS or args.method not in METHODS or args.prompts not in PROMPTS:
+    if not set(args.task.split("+")) <= TASKS.keys() or args.method not in METHODS or args.prompts not in PROMPTS:
         raise ValueError(f"{folder} holds a run of method {args.method!r} on task {args.task!r} with prompts {args.prompts!r}, which are not known here")
     if (found := sha256_of_backbone(args.model)) != args.backbone_sha256:
         raise ValueError(f"the backbone {args.model} is not the one of {folder}: sha256 {found[:12]}..., was {args.backbone_sha256[:12]}...")
@@ -206,37 +160,35 @@ def load(folder: str | Path, device: str = "cpu") -> tuple[nn.Module, Tokenizer]
 # ------------------------------------------------------------------------------------------------------------------ main
 
 def predict(args: argparse.Namespace) -> dict:
-    """The answer of the run in --out to one text."""
+    """The answer of the run in --out to one text, about the pictures of --image if it has learned about pictures."""
     run = argparse.Namespace(**read_config(args.out))
-    model, tokenizer = load(args.out, args.device)
+    names, wanted = run.task.split("+"), args.task or run.task.split("+")
+    if len(wanted) > 1 or wanted[0] not in names:
+        raise ValueError(f"the run in {args.out} has learned {', '.join(names)}: --task says which of them --predict is about")
+    task, [task_images] = wanted[0], [2 if wanted[0] == "nlvr2" else int(tasks.has_pictures(wanted[0]))]
+    if len(args.image or []) != task_images:
+        raise ValueError(f"{task} asks about {['no picture: leave --image out', 'a picture: give --image FILE', 'two pictures: give --image FILE FILE'][task_images]}")
     if not args.predict.isascii() and args.predict != args.predict.encode("utf-8", "ignore").decode():
         raise ValueError(f"--predict takes UTF-8 text, given was {args.predict[:40]!r}")
-    if run.task in data_vl.TASKS:
-        return predict_picture(args, run, model, tokenizer)
-    if args.image:
-        raise ValueError(f"--image is for a run about pictures; {args.out} holds one of {run.task}: leave it out")
-    example = data.Example(data.prompt(run.task, args.predict, run.prompts), "", 0)
-    batch = to_device(data.collate(data.encode([example], tokenizer)), args.device)
-    text = answer(model, tokenizer, batch, run.task)[0]
-    label, words = data.read_answer(run.task, text, run.prompts), data.TASKS[run.task].words
-    say(f"{text!r}, which is no answer of {run.task}" if label is None else words[label] if words else str(label))
+    pictures = [images.read_image(path) for path in args.image or []]
+    model, tokenizer = load(args.out, args.device)
+    if pictures:
+        example = data_vl.Example(data_vl.TASKS[task].prompt + args.predict, {}, ())
+    else:
+        example = data.Example(data.prompt(task, args.predict, run.prompts), "", 0)
+    batch = data.collate(tasks.draw(task, tasks.encode(task, [example], tokenizer), 0, 0))
+    if pictures:
+        tower = load_clip(run.clip)
+        with torch.no_grad():
+            seen = images.pool(tower(images.preprocess(pictures, tower.config.image_size))).half().float()[None]  # (1, N, P, C), rounded as on the disk
+        batch = batch._replace(images=torch.zeros_like(seen) if run.blank else seen)
+    text = tasks.answer(model, tokenizer, to_device(batch, args.device), task)[0]
+    if pictures:
+        say(text)
+        return {"text": text}
+    label, words = data.read_answer(task, text, run.prompts), data.TASKS[task].words
+    say(f"{text!r}, which is no answer of {task}" if label is None else words[label] if words else str(label))
     return {"text": text, "label": label}
-
-
-def predict_picture(args: argparse.Namespace, run: argparse.Namespace, model: nn.Module, tokenizer: Tokenizer) -> dict:
-    """The answer to a text about --image; NLVR2 takes two."""
-    wanted = 2 if run.task == "nlvr2" else 1
-    if len(args.image or []) != wanted:
-        raise ValueError(f"a run of {run.task} answers about {wanted} picture{'s' * (wanted > 1)}: give --image FILE{' FILE' * (wanted > 1)}")
-    tower = load_clip(run.clip, device=args.device)
-    pictures = images.preprocess([images.read_image(path) for path in args.image], tower.config.image_size).to(args.device)
-    with torch.no_grad():
-        seen = images.pool(tower(pictures)).half().float()[None]  # (1, N, P, C), rounded as on the disk
-    example = data_vl.Example(data_vl.TASKS[run.task].prompt + args.predict, {}, ())
-    batch = to_device(data.collate(data_vl.draw(data_vl.encode(run.task, [example], tokenizer), 0, 0))._replace(images=seen), args.device)
-    text = answer(model, tokenizer, batch, run.task)[0]
-    say(text)
-    return {"text": text}
 
 
 def train(args: argparse.Namespace, out: Path) -> dict:
@@ -252,26 +204,29 @@ def train(args: argparse.Namespace, out: Path) -> dict:
         raise ValueError(f"{args.model}: spiece.model has {tokenizer.vocab_size} ids, config.json's vocab_size is {backbone.config.vocab_size}: they do not belong together")
 
     # data: rows of a file -> text pairs -> token ids
-    pictures, dataset = args.task in data_vl.TASKS, load_data(args, args.task)
+    pictures, datasets = tasks.has_pictures(args.task), tasks.load(args.task, args.data, args.prompts)
+    dataset = tasks.joined(datasets)
     if dataset.fallback:
         say(data.banner(dataset.fallback))
     if distributed.agree(dataset.sha256) != dataset.sha256:  # one process may have had no network
         raise ValueError("the processes have read different data; give --data with a folder that all of them see")
-    rows = encode(args, dataset.train[: args.max_train_rows], tokenizer)
-    features = look(args, dataset) if pictures else None
-    settle(args, len(rows), sample=dataset.name == "bundled-sample")
+    rows = {task: tasks.encode(task, part.train[: args.max_train_rows], tokenizer) for task, part in datasets.items()}
+    val, test = ({task: getattr(part, name) for task, part in datasets.items()} for name in ("val", "test"))
+    features = tasks.look(datasets, args.clip, args.device) if pictures else None
+    settle(args, rows, sample=dataset.name == "bundled-sample")
 
     with torch.device("meta"):
         total = sum(p.numel() for p in T5(backbone.config).parameters())  # the backbone's own, before a method added to it
     whole = "the backbone's"
     if pictures:
-        total, whole = sum(p.numel() for p in model.parameters()), "all"  # Table 3's share is of all parameters, those added among them
+        total, whole = sum(p.numel() for p in model.parameters()), "all"  # Table 3's share, those added among them
     count = sum(p.numel() for p in trainable(model).values())
     say(f"{args.method} on {args.model}: {count:,} parameters train, {100 * count / total:.3f} % of {whole} {total:,}")
-    say(f"{args.task} ({dataset.name}): {len(rows):,} training, {len(dataset.val):,} validation, {len(dataset.test):,} test rows"
+    say(f"{args.task} ({dataset.name}): {sum(map(len, rows.values())):,} training, {len(dataset.val):,} validation, {len(dataset.test):,} test rows"
         + (f", {dataset.skipped} skipped" if dataset.skipped else ""))
-    epochs = math.ceil(args.steps / math.ceil(len(rows) / args.batch_size))
-    say(f"{epochs} epoch{'s' * (epochs > 1)}, {args.steps} steps of {min(args.batch_size, len(rows))} rows, peak learning rate {args.lr:g} after {args.warmup_steps} steps, "
+    epochs = math.ceil(args.steps / tasks.epoch_steps(rows, args.batch_size))
+    sizes = [str(min(tasks.batch_size(task, args.task, args.batch_size), len(of_task))) for task, of_task in rows.items()]
+    say(f"{epochs} epoch{'s' * (epochs > 1)}, {args.steps} steps of {' or '.join(sizes)} rows, peak learning rate {args.lr:g} after {args.warmup_steps} steps, "
         f"seed {args.seed}, {report.hardware(args.device)}" + (f", {distributed.processes()} processes" if distributed.processes() > 1 else ""))
 
     # what was asked for; a run that goes on is asked for the same
@@ -292,7 +247,7 @@ def train(args: argparse.Namespace, out: Path) -> dict:
         return results
 
     # where it begins
-    optimizer = torch.optim.AdamW(trainable(model).values(), lr=args.lr, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(trainable(model).values(), lr=args.lr, eps=args.epsilon, weight_decay=args.weight_decay, fused=True)
     at = Position(began=start)
     if "state.safetensors" in there:
         at = checkpoint.load_state(out, model, optimizer)
@@ -306,10 +261,10 @@ def train(args: argparse.Namespace, out: Path) -> dict:
 
     report.reset_peak(args.device)  # training's peak, as in the paper, without the Fisher pass
     try:
-        fit(args, model, optimizer, tokenizer, rows, dataset.val, features, out, config, at)
+        fit(args, model, optimizer, tokenizer, rows, val, features, out, config, at)
         load_trained(out, model)  # the best epoch
-        test = evaluate(model, tokenizer, args, dataset.test, features)
-        hidden = evaluate(model, tokenizer, argparse.Namespace(**vars(args) | {"blank": True}), dataset.test, features) if pictures else None
+        scores = evaluate(model, tokenizer, args, test, features)
+        hidden = evaluate(model, tokenizer, argparse.Namespace(**vars(args) | {"blank": True}), test, features) if pictures else None
     except (KeyboardInterrupt, FloatingPointError):
         say(f"\nstopped after {at.step} of {args.steps} steps; " + (f"epoch {at.best['epoch']} (validation {at.best['val']['score']:.2f}) is kept in {out}"
                                                                    if at.best else "no epoch had ended, no weights were kept"))
@@ -319,7 +274,7 @@ def train(args: argparse.Namespace, out: Path) -> dict:
     results = {
         "task": args.task, "model": config["model"], "method": args.method, "data": dataset.name, "seed": args.seed,
         "trainable_params": count, "total_params": total, "trainable_percent": 100 * count / total,
-        "steps": at.step, "best_epoch": at.best["epoch"], **took, "val": at.best["val"], "test": test,
+        "steps": at.step, "best_epoch": at.best["epoch"], **took, "val": at.best["val"], "test": scores,
         "fallback": dataset.fallback, "skipped_rows": dataset.skipped, **about, "config": config,
     }
     if pictures:
@@ -327,7 +282,7 @@ def train(args: argparse.Namespace, out: Path) -> dict:
     if args.method == "lst":
         results["gates"] = {name: [rung.mu.item() for rung in getattr(model, name).ladders] for name in ("encoder", "decoder")}
         say(report.gates(model))
-    say(f"test {report.scores(test)}  (epoch {at.best['epoch']}, the best on validation)")
+    say(f"test {report.scores(scores)}  (epoch {at.best['epoch']}, the best on validation)")
     if pictures:
         say(f"with the pictures hidden {report.scores(hidden)}")
     say(f"{results['seconds'] / 60:.1f} minutes, {kind} memory {results['peak_memory_bytes'] / 2**20:.0f} MiB, saved in {out}")
@@ -338,14 +293,14 @@ def train(args: argparse.Namespace, out: Path) -> dict:
     return results
 
 
-def fit(args: argparse.Namespace, model: nn.Module, optimizer: torch.optim.Optimizer, tokenizer: Tokenizer, rows: list, val: list,
+def fit(args: argparse.Namespace, model: nn.Module, optimizer: torch.optim.Optimizer, tokenizer: Tokenizer, rows: tasks.Rows, val: dict[str, list],
         features: images.Features | None, out: Path, config: dict, at: Position) -> None:
     """The plain loop, from position `at` to the last step; the best epoch on validation is kept in `out`."""
     writes, parameters, replica = distributed.rank() == 0, list(trainable(model).values()), distributed.wrap(model)
     log = open(out / "metrics.jsonl" if writes else os.devnull, "a", encoding="utf-8", buffering=1)
     if writes:
         log.truncate(at.log)
-    epoch_steps, seen, busy = math.ceil(len(rows) / args.batch_size), 0, 0.0
+    epoch_steps, seen, busy = tasks.epoch_steps(rows, args.batch_size), 0, 0.0
     progress = report.Progress("step", args.steps, at.step)
 
     def save() -> None:
@@ -357,14 +312,14 @@ def fit(args: argparse.Namespace, model: nn.Module, optimizer: torch.optim.Optim
     with log, report.asked_to_stop() as asked:
         for epoch in range(at.epochs, math.ceil(args.steps / epoch_steps)):
             model.train()
-            for indices in data.batches(rows, args.batch_size, args.seed, epoch)[at.step - epoch * epoch_steps : args.steps - epoch * epoch_steps]:
+            for task, chosen in tasks.batches(rows, args.batch_size, args.seed, epoch)[at.step - epoch * epoch_steps : args.steps - epoch * epoch_steps]:
                 began = time.time()
                 seed_everything(args.seed, at.step, distributed.rank())
                 lr = learning_rate(at.step, args.lr, args.warmup_steps, args.steps)
                 for group in optimizer.param_groups:
                     group["lr"] = lr
-                loss = backward(replica, draw([rows[i] for i in indices], args, at.step), args, features)
-                norm = nn.utils.clip_grad_norm_(parameters, 1.0)
+                loss = backward(replica, tasks.draw(task, chosen, args.seed, at.step), args, features)
+                norm = nn.utils.clip_grad_norm_(parameters, args.max_norm)
                 loss, stop = distributed.total(torch.stack([loss, torch.full_like(loss, len(asked))])).tolist()  # one asked to stop, all stop
                 if not (math.isfinite(loss) and norm.isfinite()):
                     raise FloatingPointError(f"step {at.step + 1} at learning rate {lr:.2e} has loss {loss} and gradient norm {norm.item()}; try a lower --lr")
@@ -372,7 +327,7 @@ def fit(args: argparse.Namespace, model: nn.Module, optimizer: torch.optim.Optim
                 optimizer.zero_grad()
                 at.step += 1
 
-                seen, busy, peak = seen + len(indices), busy + time.time() - began, report.peak_memory(args.device)[0] / 2**20
+                seen, busy, peak = seen + len(chosen), busy + time.time() - began, report.peak_memory(args.device)[0] / 2**20
                 progress.step(at.step, f"epoch {epoch + 1}  loss {loss:.4f}  {seen / busy:.0f} examples/s  peak {peak:.0f} MiB")
                 log.write(json.dumps({"step": at.step, "epoch": epoch + 1, "loss": loss, "lr": lr, "seconds": round(time.time() - at.began, 2)}) + "\n")
                 if stop or at.step % args.save_steps == 0 or at.step in (args.steps, (epoch + 1) * epoch_steps):
@@ -399,7 +354,7 @@ def several(args: argparse.Namespace, out: Path) -> dict:
     config, runs = {"task": args.task, "seeds": args.seeds}, []
     load_tokenizer(args.model)
     for task in args.task:  # what is missing is said now, and not when the days of the first task have passed
-        load_data(args, task)
+        tasks.load(task, args.data, args.prompts)
     if distributed.agree(args.resume and (out / "config.json").exists()):
         checkpoint.check_same(out, config)
     elif distributed.rank() == 0:
@@ -417,7 +372,7 @@ def several(args: argparse.Namespace, out: Path) -> dict:
             with checkpoint.claim(folder, distributed.rank()):
                 runs.append(train(argparse.Namespace(**vars(args) | {"task": task, "seed": seed}), folder))
             results = report.summary(runs) | {"command": args.command, "runs": runs}
-            table = report.table(runs, {name: getattr(task, "folder", name) for name, task in TASKS.items()})
+            table = report.table(runs, {name: getattr(TASKS.get(name), "folder", name) for name in [*TASKS, *args.task]})
             if distributed.rank() == 0:
                 write_json(out / "results.json", results)
                 checkpoint.write_text(out / "results.md", table + "\n")

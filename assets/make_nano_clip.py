@@ -1,11 +1,10 @@
 """Trains the bundled image tower `assets/nano_clip`: a small CLIP, from nothing, on the drawn scenes of scenes.py.
 
-    python assets/make_nano_clip.py --minutes 25
+    python assets/make_nano_clip.py --minutes 30
 
-Contrastive (arXiv:2103.00020, Sec. 2.3): among a batch of pictures and descriptions each has to find its own.  Half of a batch are twins of
-the other half, which differ in one thing (a colour, a shape, two colours exchanged, left and right or above and below): to tell them apart
-the tower must see what stands where.  The tower is clip.py's ViT.  What is compared is the mean of its patch tokens, so that the tokens
-that CLIP-T5 reads are trained, not a class token; the text tower is thrown away.
+The tower is CLIP's own ResNet (clip.py), 36 positions of 512 channels for a picture of 192 x 192 pixels.  It learns which of a batch's
+phrases ("star", "small red object") are true of which of its pictures, each pair for itself (the sigmoid loss of arXiv:2303.15343).  A picture
+is compared position by position, as in arXiv:2111.07783: CLIP-T5 reads positions, so they are what should know, and not their mean.
 """
 import json
 import math
@@ -24,129 +23,146 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import scenes  # noqa: E402
-from clip import ViT, ViTConfig, clip_key  # noqa: E402
+from clip import FrozenBatchNorm, ModifiedResNet, ResNetConfig  # noqa: E402
 from images import preprocess  # noqa: E402
 from model import load_tokenizer  # noqa: E402
-from report import Parser, guarded, hardware, positive  # noqa: E402
+from report import Parser, Progress, guarded, hardware, positive  # noqa: E402
 
-CONFIG = ViTConfig(image_size=scenes.SIDE, patch_size=8, width=192, num_layers=4, num_heads=3, d_ff=768)
-EMBEDDING = 128  # of a picture and of a text, where they are compared
-LENGTH = 64  # tokens of a description
+CONFIG = ResNetConfig(image_size=192, width=16, layers=(1, 1, 1, 1))
+EMBEDDING = 128  # of a position and of a phrase, where they are compared
+PALETTE = scenes.COLORS | {"gray": (128, 128, 128), "brown": (150, 60, 36), "teal": (10, 130, 130), "pink": (240, 130, 180)}  # more than the tasks' seven
+JITTER = 20  # of each of red, green and blue
 
 
-class TextTower(nn.Module):
-    """ids (B, S), 0 where padded -> (B, EMBEDDING)"""
+class PhraseTower(nn.Module):
+    """ids (M, S), 0 where padded -> (M, EMBEDDING).  A phrase is about one object, so the order of its words tells nothing."""
 
-    def __init__(self, vocab_size: int, width: int = 192):
+    def __init__(self, vocab_size: int, width: int = 256):
         super().__init__()
-        self.embed = nn.Embedding(vocab_size, width)
-        self.positions = nn.Parameter(0.02 * torch.randn(LENGTH, width))
-        layer = nn.TransformerEncoderLayer(width, 3, 4 * width, dropout=0.0, batch_first=True, norm_first=True)
-        self.blocks = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
-        self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, EMBEDDING))
-        nn.init.normal_(self.embed.weight, std=0.02)
+        self.words = nn.EmbeddingBag(vocab_size, width, mode="sum", padding_idx=0)
+        self.head = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, EMBEDDING))
+        nn.init.normal_(self.words.weight, std=0.5)
 
     def forward(self, ids: Tensor) -> Tensor:
-        mask = (ids != 0)[..., None]
-        h = self.blocks(self.embed(ids) + self.positions[: ids.size(1)], src_key_padding_mask=~mask[..., 0])
-        return self.head((h * mask).sum(dim=1) / mask.sum(dim=1))
+        return F.normalize(self.head(self.words(ids)), dim=-1)
 
 
 class Contrast(nn.Module):
-    """Both towers; the similarity of every picture to every text, (B, B)."""
+    """Both towers.  pictures (B, 3, 192, 192), ids (M, S) -> how true each phrase is of each picture, logits (B, M)"""
 
     def __init__(self, vocab_size: int):
         super().__init__()
-        self.image, self.text = ViT(CONFIG), TextTower(vocab_size)
-        self.head = nn.Sequential(nn.LayerNorm(CONFIG.width), nn.Linear(CONFIG.width, EMBEDDING))
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        self.image, self.phrases = with_batch_statistics(ModifiedResNet(CONFIG)), PhraseTower(vocab_size)
+        self.head = nn.Sequential(nn.LayerNorm(self.image.channels), nn.Linear(self.image.channels, EMBEDDING))
+        self.log_scale, self.bias = nn.Parameter(torch.tensor(math.log(10))), nn.Parameter(torch.tensor(-10.0))
 
     def forward(self, pictures: Tensor, ids: Tensor) -> Tensor:
-        x, y = F.normalize(self.head(self.image(pictures).mean(dim=1)), dim=-1), F.normalize(self.text(ids), dim=-1)
-        return self.logit_scale.clamp(max=math.log(100)).exp() * x @ y.T
+        with torch.autocast("cpu", torch.bfloat16):
+            tokens = self.image(pictures)
+        positions = F.normalize(self.head(tokens.float()), dim=-1)  # (B, P, EMBEDDING)
+        logits = self.log_scale.exp() * positions @ self.phrases(ids).T + self.bias
+        return logits.logsumexp(dim=1)  # (B, M): true of the picture if it is true of one position
 
 
-def twin(scene: scenes.Scene, rng: random.Random) -> scenes.Scene:
-    """The same scene but for one thing."""
-    objects, i = list(scene.objects), rng.randrange(len(scene.objects))
-    others = [j for j, o in enumerate(objects) if o.color != objects[i].color]
-    how = rng.choice(["color", "shape", "across", "down"] + ["exchange"] * 2 * bool(others))
-    if how == "exchange":
-        j = rng.choice(others)
-        objects[i], objects[j] = replace(objects[i], color=objects[j].color), replace(objects[j], color=objects[i].color)
-    elif how == "across":
-        objects = [replace(o, x=scenes.SIDE - 1 - o.x, tilt=-o.tilt) for o in objects]
-    elif how == "down":
-        objects = [replace(o, y=scenes.SIDE - 1 - o.y) for o in objects]
-    else:
-        every = scenes.COLORS if how == "color" else scenes.OUTLINES
-        objects[i] = replace(objects[i], **{how: rng.choice([value for value in every if value != getattr(objects[i], how)])})
-    return replace(scene, objects=tuple(objects))
+def with_batch_statistics(module: nn.Module) -> nn.Module:
+    """clip.py's batch norms are frozen; those of a tower that learns are not."""
+    for name, child in module.named_children():
+        module.add_module(name, nn.BatchNorm2d(child.weight.numel()) if isinstance(child, FrozenBatchNorm) else with_batch_statistics(child))
+    return module
 
 
-def batch_of(ids: list[str], tokenizer, rng: random.Random) -> tuple[Tensor, Tensor]:
-    """Pictures (2 B, 3, 64, 64) and descriptions (2 B, S) of B scenes and, behind them, of their twins."""
-    originals = [scenes.scene_of(i) for i in ids]
-    both = originals + [twin(scene, rng) for scene in originals]
-    texts = [tokenizer.encode(scenes.describe(scene))[:LENGTH] for scene in both]
-    width = max(map(len, texts))
-    return (preprocess((torch.from_numpy(scenes.draw(scene)) for scene in both), scenes.SIDE),
-            torch.tensor([text + [0] * (width - len(text)) for text in texts]))
+def repaint(scene: scenes.Scene, rng: random.Random) -> scenes.Scene:
+    """Colors from the whole palette, each of the scene's to another one."""
+    new = dict(zip(scenes.COLORS, rng.sample(list(PALETTE), len(scenes.COLORS))))
+    return replace(scene, objects=tuple(replace(o, color=new[o.color]) for o in scene.objects))
+
+
+def picture_of(scene: scenes.Scene, rng: random.Random) -> tuple[Tensor, scenes.Scene, bool]:
+    """A picture, uint8 (H, W, 3), the scene of those objects whose centre it shows, and whether it is a stretched part of the whole."""
+    palette = {name: tuple(min(255, max(0, value + rng.randint(-JITTER, JITTER))) for value in rgb) for name, rgb in PALETTE.items()}
+    pixels, part = torch.from_numpy(scenes.draw(scene, palette)), rng.random() < 0.5
+    if not part:
+        return pixels, scene, part
+    w, h = rng.randint(24, scenes.SIDE), rng.randint(24, scenes.SIDE)
+    x, y = rng.randint(0, scenes.SIDE - w), rng.randint(0, scenes.SIDE - h)
+    shown = tuple(o for o in scene.objects if x <= o.x < x + w and y <= o.y < y + h)
+    return pixels[y:y + h, x:x + w], replace(scene, objects=shown), part
+
+
+def batch_of(ids: list[str], rng: random.Random) -> tuple[Tensor, list[str], Tensor, Tensor]:
+    """Pictures (B, 3, 192, 192), M phrases, whether each is true of each picture (B, M), and whether that counts (B, M).
+
+    In a stretched part it does not count where a part of an object is seen without its centre, nor what is called small or big.
+    """
+    originals = [repaint(scene_of, rng) for scene_of in map(scenes.scene_of, ids)]
+    pictures, shown, parts = zip(*(picture_of(scene, rng) for scene in originals))
+    phrases = sorted({rng.choice(scenes.names(o.size, o.color, o.shape)) for scene in originals for o in scene.objects for _ in range(2)})
+    sized = torch.tensor([any(size in phrase for size in scenes.RADIUS) for phrase in phrases])
+    true, there = (torch.tensor([[tally[phrase] > 0 for phrase in phrases] for tally in map(scenes.tally, which)]) for which in (shown, originals))
+    counts = (true == there) & ~(torch.tensor(parts)[:, None] & sized)
+    return preprocess(pictures, CONFIG.image_size).to(memory_format=torch.channels_last), phrases, true.float(), counts
+
+
+def token_ids(phrases: list[str], tokenizer) -> Tensor:
+    return nn.utils.rnn.pad_sequence([torch.tensor(tokenizer.encode(phrase)) for phrase in phrases], batch_first=True)  # (M, S)
 
 
 @torch.no_grad()
 def examine(model: Contrast, tokenizer) -> dict[str, float]:
-    """On scenes that were never trained on: how often a picture finds its text among 400, and how often it prefers its own to its twin's."""
-    pictures, ids = batch_of([f"val-{i}" for i in range(400)], tokenizer, random.Random(0))
+    """On scenes that were never trained on and all 144 names of objects: the shares of what is true that is found, and of what is found that is true."""
+    phrases = sorted({name for size in scenes.RADIUS for color in scenes.COLORS for shape in scenes.OUTLINES for name in scenes.names(size, color, shape)})
+    tallies = [scenes.tally(scenes.scene_of(f"val-{i}")) for i in range(400)]
+    true = torch.tensor([[tally[phrase] > 0 for phrase in phrases] for tally in tallies])
+    pictures = preprocess((torch.from_numpy(scenes.draw(scenes.scene_of(f"val-{i}"))) for i in range(400)), CONFIG.image_size)
     model.eval()
-    logits = model(pictures, ids)
+    found = torch.cat([model(part, token_ids(phrases, tokenizer)) for part in pictures.split(50)]) > 0
     model.train()
-    own, twins = logits.diag()[:400], logits[:400, 400:].diag()
-    return {"found_among_400": (logits[:400, :400].argmax(dim=1) == torch.arange(400)).float().mean().item(),
-            "told_from_twin": ((own > twins).float() + 0.5 * (own == twins).float()).mean().item()}
+    return {"recall": round(found[true].float().mean().item(), 4), "precision": round(true[found].float().mean().item(), 4)}
 
 
 def train(minutes: float, batch_size: int, lr: float, out: Path) -> dict:
     torch.manual_seed(0)
     rng, tokenizer = random.Random(0), load_tokenizer("nano")
-    model = Contrast(tokenizer.vocab_size)
+    model = Contrast(tokenizer.vocab_size).to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.05, betas=(0.9, 0.98), fused=True)
-    start, step, log = time.time(), 0, []
+    start, step, log, progress = time.time(), 0, [], Progress("tower, second", round(60 * minutes))
     # training scenes behind those of the tasks, so that not one of their pictures was seen here
     while (passed := (time.time() - start) / (60 * minutes)) < 1:
-        pictures, ids = batch_of([f"train-{10_000 + step * batch_size + i}" for i in range(batch_size)], tokenizer, rng)
+        pictures, phrases, true, counts = batch_of([f"train-{10_000 + step * batch_size + i}" for i in range(batch_size)], rng)
         for group in optimizer.param_groups:
-            group["lr"] = lr * min(1, step / 100) * (1 + math.cos(math.pi * passed)) / 2
-        logits, labels = model(pictures, ids), torch.arange(2 * batch_size)
-        loss = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+            group["lr"] = lr * min(1, (step + 1) / 100) * (1 + math.cos(math.pi * passed)) / 2
+        logits = model(pictures, token_ids(phrases, tokenizer))
+        loss = F.binary_cross_entropy_with_logits(logits, true, weight=counts.float(), reduction="sum") / batch_size
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         step += 1
+        progress.step(min(round(time.time() - start), round(60 * minutes)))
         if step % 50 == 0:
             log.append({"step": step, "seconds": round(time.time() - start, 1), "loss": round(loss.item(), 4)} | (examine(model, tokenizer) if step % 500 == 0 else {}))
-            print(json.dumps(log[-1]), flush=True)
-    results = {"steps": step, "pictures": 2 * batch_size * step, "seconds": round(time.time() - start), "hardware": hardware("cpu"), **examine(model, tokenizer)}
+            out.mkdir(parents=True, exist_ok=True)
+            (out / "training.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log), encoding="utf-8")
+    results = {"steps": step, "pictures": batch_size * step, "seconds": round(time.time() - start), "hardware": hardware("cpu"), **examine(model, tokenizer)}
     save(model.image, out)
     (out / "training.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*log, results]), encoding="utf-8")
     return results
 
 
-def save(tower: ViT, out: Path) -> None:
-    """Under the names of Hugging Face, in float16."""
+def save(tower: ModifiedResNet, out: Path) -> None:
+    """In float16, under open_clip's names, with the size that no tensor tells."""
     out.mkdir(parents=True, exist_ok=True)
-    save_file({clip_key(name, 2)[0]: tensor.half().contiguous() for name, tensor in tower.state_dict().items()}, out / "model.safetensors", metadata={"format": "pt"})
-    sizes = {"hidden_size": CONFIG.width, "num_hidden_layers": CONFIG.num_layers, "num_attention_heads": CONFIG.num_heads, "intermediate_size": CONFIG.d_ff,
-             "image_size": CONFIG.image_size, "patch_size": CONFIG.patch_size, "hidden_act": CONFIG.activation}
-    (out / "config.json").write_text(json.dumps({"model_type": "clip_vision_model", **sizes}, indent=2) + "\n", encoding="utf-8")
+    save_file({f"visual.{name}": tensor.half().contiguous() for name, tensor in tower.state_dict().items() if not name.endswith("num_batches_tracked")},
+              out / "open_clip_model.safetensors", metadata={"format": "pt"})
+    sizes = {"image_size": CONFIG.image_size, "layers": CONFIG.layers, "width": CONFIG.width}
+    (out / "open_clip_config.json").write_text(json.dumps({"model_cfg": {"vision_cfg": sizes}}, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
     parser = Parser(__doc__)
-    parser.add_argument("--minutes", type=float, default=25)
-    parser.add_argument("--batch-size", type=positive, default=128, help="scenes; with their twins there are twice as many pictures")
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--minutes", type=float, default=30)
+    parser.add_argument("--batch-size", type=positive, default=128)
+    parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--out", type=Path, default=ROOT / "assets" / "nano_clip")
     arguments = parser.parse_args()
     print(guarded(lambda: train(arguments.minutes, arguments.batch_size, arguments.lr, arguments.out)))

@@ -209,11 +209,19 @@ def test_an_image_tower_alone_is_enough(tmp_path, name):
     assert_close(load_clip(folder_with(tmp_path, name, image_only))(images), tokens)
 
 
-def test_the_image_size_of_a_resnet_is_that_of_its_attention_pool(tmp_path):
+def test_the_image_size_of_a_resnet_is_that_of_its_attention_pool_or_else_of_its_config(tmp_path):
     assert load_clip(FIXTURES / "clip-resnet").config.image_size == 64
-    folder = folder_with(tmp_path, "clip-resnet", lambda state: {key: tensor for key, tensor in state.items() if "attnpool" not in key})
-    (folder / "open_clip_config.json").unlink()  # the weights of a ResNet tell everything
-    assert load_clip(folder).config == ResNetConfig(224, 4, (1, 2, 3, 1))
+    whole = folder_with(tmp_path / "whole", "clip-resnet")
+    (whole / "open_clip_config.json").unlink()  # the pool's positions tell it
+    assert load_clip(whole).config == ResNetConfig(64, 4, (1, 2, 3, 1))
+
+    def without_pool(state):
+        return {key: tensor for key, tensor in state.items() if "attnpool" not in key}
+    folder = folder_with(tmp_path / "part", "clip-resnet", without_pool, image_size=96)
+    assert load_clip(folder).config == ResNetConfig(96, 4, (1, 2, 3, 1))
+    (folder / "open_clip_config.json").unlink()
+    with pytest.raises(ValueError, match="lacks open_clip_config.json, which tells the size of the images"):
+        load_clip(folder)
 
 
 def test_activation_and_heads_come_from_the_config(tmp_path):
@@ -317,7 +325,7 @@ def test_other_models_are_no_clip(tmp_path):
 
 
 def test_missing_files_and_unknown_names_are_value_errors(tmp_path):
-    with pytest.raises(ValueError, match="neither a folder nor one of: clip-rn101, "):
+    with pytest.raises(ValueError, match="neither a folder nor one of: nano, clip-rn101, "):
         load_clip("clip-rn102")
     with pytest.raises(ValueError, match="neither open_clip_model.safetensors nor model.safetensors"):
         load_clip(tmp_path)
