@@ -27,18 +27,20 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import model
 from model import T5Config
+from side import SideStack
 
-Batch = tuple[Tensor, Tensor, Tensor, Tensor]
+Batch = tuple[Tensor, ...]
 
 
-def make_batch(B: int, S: int, T: int, vocab_size: int) -> Batch:
-    """Source ids (B, S), mask, decoder ids (B, T), labels (B, T): full length, nothing padded."""
-    return torch.randint(2, vocab_size, (B, S)), torch.ones(B, S, dtype=torch.bool), torch.zeros(B, T, dtype=torch.long), torch.ones(B, T, dtype=torch.long)
+def make_batch(B: int, S: int, T: int, vocab_size: int, images: tuple[int, int, int] | None = None) -> Batch:
+    """Source ids (B, S), mask, decoder ids (B, T), labels (B, T), and for images = (N, P, C) also these, (B, N, P, C): nothing padded."""
+    text = torch.randint(2, vocab_size, (B, S)), torch.ones(B, S, dtype=torch.bool), torch.zeros(B, T, dtype=torch.long), torch.ones(B, T, dtype=torch.long)
+    return text if images is None else (*text, torch.randn(B, *images))
 
 
 def loss_of(net: nn.Module, batch: Batch) -> Tensor:
-    source_ids, source_mask, decoder_ids, labels = batch
-    return F.cross_entropy(net(source_ids, source_mask, decoder_ids).flatten(0, 1).float(), labels.flatten())
+    source_ids, source_mask, decoder_ids, labels, *images = batch
+    return F.cross_entropy(net(source_ids, source_mask, decoder_ids, None, *images).flatten(0, 1).float(), labels.flatten())
 
 
 def bytes_of(parameters) -> int:
@@ -129,8 +131,11 @@ def training_step(net: nn.Module, batch: Batch, conventions: Collection[str] = (
     """
     trained = [p for p in net.parameters() if p.requires_grad]
     kinds = {"weights": bytes_of(net.parameters()), "gradients": 0, "optimizer": 8 * sum(p.numel() for p in trained)}
-    kinds |= {"saved_activations": 0, "temporary": 0}
+    images = bytes_of(batch[4:])  # stay for the gradient of the visual embedding's projection
+    kinds |= {"saved_activations": images, "temporary": 0}
     net.train()
+    if "buckets" in conventions:
+        kinds["gradients"] = bytes_of(trained)
     if "gradients" in conventions:
         kinds["gradients"] = bytes_of(trained)
         for p in trained:
@@ -147,7 +152,7 @@ def training_step(net: nn.Module, batch: Batch, conventions: Collection[str] = (
             p.grad = None
     for number, size in live.at_peak().items():
         kinds["saved_activations" if number in saved else "gradients" if number in gradients else "temporary"] += size
-    return kinds | {"peak": sum(kinds.values()), "saved_by_forward": sum(saved.values())}
+    return kinds | {"peak": sum(kinds.values()), "saved_by_forward": images + sum(saved.values())}
 
 
 def flops(net: nn.Module, batch: Batch) -> int:
@@ -163,12 +168,12 @@ def flops(net: nn.Module, batch: Batch) -> int:
 def inference(net: nn.Module, batch: Batch) -> int:
     """Bytes at the peak of encoding a batch and generating as many tokens as it has labels, with a cache."""
     net.eval()
-    source_ids, source_mask, decoder_ids, _ = batch
+    source_ids, source_mask, decoder_ids, _, *images = batch
     with torch.no_grad(), kernels_of_cuda(), Live([*net.parameters(), *batch]) as live:
-        state = net.start(source_ids, source_mask)
+        state = net.start(source_ids, source_mask, 1, *images)
         for _ in range(decoder_ids.size(1)):
             net.step(decoder_ids[:, :1], state)
-    return bytes_of(net.parameters()) + sum(live.at_peak().values())
+    return bytes_of([*net.parameters(), *images]) + sum(live.at_peak().values())
 
 
 def saved_bytes(run: Callable[[], Tensor], left_out=()) -> int:
@@ -231,7 +236,7 @@ def formula_bytes(rows: list[Row]) -> int:
     return sum(math.prod(shape) * size for _, shape, size, _ in rows)
 
 
-# ------------------------------------------------------------------------------------- Table 1's environment (torch 1.10)
+# ------------------------------------------------------------------------ the environment of Tables 1 and 3 (torch 1.10)
 
 class SoftmaxOf2021(torch.autograd.Function):
     """Keeps its input as well as its output."""
@@ -258,10 +263,17 @@ def feed_forward_of_2021(self: model.FeedForward, x: Tensor) -> Tensor:
     return self.wo(self.dropout(F.relu(self.wi(x))))
 
 
+def rung_of_2021(self: SideStack, j: int, h_side: Tensor, h_backbone: Tensor, *rest) -> Tensor:
+    """h_side (B, S + P, d), images behind the text; h_backbone (B, S, D) -> (B, S + P, d)"""
+    mu, P = self.ladders[j].mu, h_side.size(1) - h_backbone.size(1)
+    h_down = F.pad(self.ladders[j].down(h_backbone), (0, 0, 0, P))  # (B, S + P, d)
+    return self.blocks[j](mu * h_down + (1 - mu) * h_side, *rest)
+
+
 def loss_with_caches(net: nn.Module, batch: Batch) -> Tensor:
     """The forward pass with keys and values of every decoder layer kept until the loss is there."""
-    source_ids, source_mask, decoder_ids, labels = batch
-    state = net.start(source_ids, source_mask)
+    source_ids, source_mask, decoder_ids, labels, *images = batch
+    state = net.start(source_ids, source_mask, 1, *images)
     memories, caches = (state.memories[0], state.caches[0]) if len(state.caches) == 1 else (state.memories, state.caches)
     logits = net.decode(decoder_ids, None, memories, state.source_mask, caches)
     logits = logits if len(state.caches) == 2 else net.logits(logits)
@@ -276,11 +288,16 @@ CONVENTIONS = {  # of the environment that measured Table 1
     "cache": "training keeps keys and values of all decoder layers until the loss is there, for a generation that never comes (under `temp.`)",
     "gradients": "zero_grad leaves zeros: gradients stay allocated through forward and backward",
 }
+CONVENTIONS_3 = {name: words for name, words in CONVENTIONS.items() if name != "gradients"} | {  # of Table 3: a step ends with param.grad = None
+    "buckets": "DistributedDataParallel, on one GPU too, has a second place for each gradient in its buckets (under `gradients`)",
+    "gelu": "the adapters' GELU is made of single operations, which keep four tensors and not one",
+    "rung": "a rung pads down(h_backbone) with zeros to the length of text and images, and its gate weighs the images too",
+}
 
 
 @contextmanager
 def of_2021(conventions: Collection[str]) -> Iterator[None]:
-    """Our modules with those of CONVENTIONS that are a matter of modules."""
+    """Our modules with those of CONVENTIONS and CONVENTIONS_3 that are a matter of modules."""
     with ExitStack() as stack:
         if "mask" in conventions:
             softmax = SoftmaxOf2021.apply if "softmax" in conventions else torch.softmax
@@ -289,4 +306,8 @@ def of_2021(conventions: Collection[str]) -> Iterator[None]:
             stack.enter_context(patch.object(model.RMSNorm, "forward", norm_of_2021))
         if "feed-forward" in conventions:
             stack.enter_context(patch.object(model.FeedForward, "forward", feed_forward_of_2021))
+        if "gelu" in conventions:
+            stack.enter_context(patch.object(F, "gelu", lambda x, approximate: 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))))
+        if "rung" in conventions:
+            stack.enter_context(patch.object(SideStack, "rung", rung_of_2021))
         yield

@@ -1,7 +1,8 @@
-"""Where the memory of a training step goes (Sec. 3.1, Table 1), and its time.
+"""Where the memory of a training step goes (Sec. 3.1, Tables 1 and 3), and its time.
 
     python bench_memory.py                          # the whole story in a minute: no weights, no GPU, nothing is computed
     python bench_memory.py --as-published           # Table 1's memory columns, under the conventions of the environment that measured them
+    python bench_memory.py --table 3                # the same for Table 3, CLIP-T5, with our code's bytes beside them
     python bench_memory.py --explain                # what one layer keeps for backward, tensor by tensor
     python bench_memory.py --sweep length --plot length.svg    # also: batch, r, keep
     python bench_memory.py --fits 12                # the largest batch on a card of 12 GB
@@ -18,7 +19,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -29,7 +30,7 @@ from torch import Tensor, nn
 import account
 import baselines
 import plot
-from model import T5, Stack, T5Config
+from model import T5, Stack, T5Config, VisualEmbedding
 from report import Parser, Progress, guarded, hardware, layers, positive, whole
 from side import Ladder, LadderT5, SideStack, check_keep, side_config
 
@@ -46,6 +47,10 @@ PAPER = {  # Table 1: memory of training and of inference
     ("full", "t5-base"): (17.6, 0.86), ("adapters", "t5-base"): (13.0, 0.87), ("lora", "t5-base"): (12.6, 0.86), ("bitfit", "t5-base"): (10.7, 0.86),
     ("prompt", "t5-base"): (22.2, 0.87), ("lst", "t5-base"): (5.5, 0.88), ("lst", "t5-large"): (12.2, 2.88), ("lst", "t5-3b"): (22.4, 11.01),
 }
+PAPER_3 = {"full": (36.2, 0.86), "adapters": (28.4, 0.93), "lora": (27.9, 0.86), "bitfit": (22.7, 0.86), "prompt": (38.7, 0.87), "lst": (15.3, 0.93)}
+# Of the four tasks GQA's step is the largest: batch 500, questions cut to 20 tokens, answers of up to 9 ("styrofoam": eight pieces and the end).
+TABLE_3 = dict(model="t5-base", r=4, batch=(500, 20, 9), images=True)
+IMAGES = 1, 36, 2048  # N, P, C: an image is the grid of CLIP's RN101, pooled to 6 x 6 cells
 GB = 2**20 * 1000  # the paper's "GB" is 1000 MiB
 KINDS = ("weights", "gradients", "optimizer", "saved_activations", "temporary")
 
@@ -166,6 +171,7 @@ class Case:
     dtype: str = "fp32"  # of a frozen backbone
     as_authors: bool = False
     batch: tuple[int, int, int] = (100, 128, 2)  # B, S, T
+    images: bool = False  # Table 3's CLIP-T5
 
     @property
     def label(self) -> str:
@@ -174,7 +180,8 @@ class Case:
 
     @property
     def config(self) -> T5Config:
-        return T5Config(**SIZES[self.model], vocab_size=VOCABULARY, attention=self.attention, checkpoint=self.checkpoint)
+        vocabulary = VOCABULARY + 100 * self.images  # the authors add 100 words for the positions of an image
+        return T5Config(**SIZES[self.model], vocab_size=vocabulary, attention=self.attention, checkpoint=self.checkpoint)
 
     def check(self, on_cuda: bool = True) -> "Case":
         """ValueError where sizes do not go together: before the first row is counted, not when this one's turn has come."""
@@ -193,23 +200,31 @@ class Case:
         t5 = T5(self.config)
         if self.dtype == "bf16":
             t5 = t5.to(torch.bfloat16)
+        if self.images:
+            t5.visual = VisualEmbedding(IMAGES[-1], t5.config)
         if self.method == "lst":
             return LadderT5(t5, self.r, self.keep)
         return baselines.apply(t5, self.method, as_authors=self.as_authors, freeze=self.freeze)
 
-    def account(self, conventions: Sequence[str] = (), operations: bool = False) -> dict:
+    def make_batch(self, B: int | None = None) -> account.Batch:
+        return account.make_batch(B or self.batch[0], *self.batch[1:], self.config.vocab_size, IMAGES if self.images else None)
+
+    def account(self, conventions: Collection[str] = (), operations: bool = False) -> dict:
         """A row: bytes of training and of inference at batch 1, on the meta device."""
-        B, S, T = self.batch
         with torch.device("meta"):
-            net, batch = self.build(), account.make_batch(B, S, T, VOCABULARY)
+            net, batch = self.build(), self.make_batch()
             trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
+            total = sum(p.numel() for p in net.parameters()) if self.images else parameters_of(self.config)  # Table 1's shares are of the backbone
             step = account.training_step(net, batch, conventions)
-            inference = account.inference(net, account.make_batch(1, S, T, VOCABULARY))
             flops = {"flops": account.flops(net, batch)} if operations else {}
-        usual = self == Case(self.method, self.model, keep=kept(self.model), as_authors=self.as_authors)
-        paper, paper_inference = PAPER.get((self.method, self.model), (None, None)) if usual else (None, None)
+            if self.images and self.method == "lora":
+                baselines.merge(net)  # Paper: Table 3's 0.86 is that of merged weights; without it is 0.93, and Table 1's rows are without
+            inference = account.inference(net, self.make_batch(1))
+        usual = self == Case(self.method, as_authors=self.as_authors, **(TABLE_3 if self.images else dict(model=self.model, keep=kept(self.model))))
+        numbers = PAPER_3[self.method] if self.images else PAPER.get((self.method, self.model), (None, None))
+        paper, paper_inference = numbers if usual else (None, None)
         return {"method": self.method, "model": self.model, "label": self.label, "trainable_params": trained,
-                "trainable_percent": 100 * trained / parameters_of(self.config), **step, "peak_paper_gb": step["peak"] / GB, "paper_gb": paper,
+                "trainable_percent": 100 * trained / total, **step, "peak_paper_gb": step["peak"] / GB, "paper_gb": paper,
                 "inference_peak_paper_gb": inference / GB, "paper_inference_gb": paper_inference, **flops}
 
 
@@ -217,9 +232,8 @@ def show_rows(rows: list[dict]) -> None:
     print("units of 1000 MiB                         trained  weights  grads   Adam  saved  temp.    peak  paper   infer  paper    TFLOP")
     for row in rows:
         kinds = "".join(f"{row[kind] / GB:>{width}.2f}" for kind, width in zip(KINDS, (9, 7, 7, 7, 7)))
-        measured = f"  measured {row['measured_peak'] / GB:.2f}" if row.get("measured_peak") else "  does not fit" if "measured_peak" in row else ""
         print(f"{row['label']:40}{row['trainable_percent']:>7.2f} %{kinds}{row['peak'] / GB:>8.2f}{row['paper_gb'] or '':>7}"
-              f"{row['inference_peak_paper_gb']:>8.2f}{row['paper_inference_gb'] or '':>7}{row['flops'] / 1e12:>9.1f}{measured}")
+              f"{row['inference_peak_paper_gb']:>8.2f}{row['paper_inference_gb'] or '':>7}{row['flops'] / 1e12:>9.1f}{measured(row)}")
     print()
     most = max(row["peak"] for row in rows)
     for row in rows:  # what the eye compares
@@ -238,14 +252,44 @@ def show_table(args: argparse.Namespace, wanted: list[Case]) -> list[dict]:
     print(f"\n{title}{' as published' * args.as_published}: batch {B}, source {S}, target {T}, {args.attention} attention, {args.dtype}; "
           "inference at batch 1\n")
     show_rows(rows)
-    if args.plot:
-        title = f"Peak of a training step, batch {B}, source {S}, {args.attention} attention, units of 1000 MiB; mark: the paper"
-        bars = [(row["label"], [row[kind] / GB for kind in KINDS], row["paper_gb"]) for row in rows]
-        plot.stacked_bars(args.plot, title, [kind.replace("_", " ") for kind in KINDS], bars)
+    draw(args.plot, f"Peak of a training step, batch {B}, source {S}, {args.attention} attention, units of 1000 MiB; mark: the paper",
+         [(row["label"], row, row["paper_gb"]) for row in rows])
     if args.as_published:
         print("conventions: batch 100, source 128, target 2; eager attention, float32; 32,100 words; a GB is 1000 MiB; LoRA with the authors' biases; and")
         print("\n".join(f"  - {words}" for words in account.CONVENTIONS.values()))
     return rows
+
+
+def show_table_3(args: argparse.Namespace, wanted: list[Case]) -> list[dict]:
+    """Table 3: every row under the conventions of its environment, and what our code holds with today's torch and the options given."""
+    rows, progress, (B, S, T) = [], Progress("accounts", len(wanted)), args.batch
+    for case in wanted:
+        today = case.account()
+        rows.append(replace(case, attention="eager", checkpoint=False, dtype="fp32").account(account.CONVENTIONS_3) | {"today": today})
+        if args.device == "cuda":
+            rows[-1]["measured_peak"] = measure_cuda(case)
+        progress.step(len(rows), case.label)
+    print(f"\nTable 3, CLIP-T5: batch {B}, source {S} and {IMAGES[1]} cells of an image, target {T}; inference at batch 1; units of 1000 MiB\n")
+    print("                      trained   paper  accounted  ours today    inference: paper  accounted")
+    for row in rows:
+        print(f"{METHODS[row['method']]:20}{row['trainable_percent']:>7.2f} %{row['paper_gb'] or '':>8}{row['peak_paper_gb']:>11.2f}"
+              f"{row['today']['peak_paper_gb']:>12.2f}{row['paper_inference_gb'] or '':>18}{row['inference_peak_paper_gb']:>11.3f}{measured(row)}")
+    print(f"\nours today: torch {torch.__version__}, {args.attention} attention, {args.dtype}{', checkpointing' * args.checkpoint}\n"
+          "accounted: eager attention, float32, 32,200 words, a GB is 1000 MiB, LoRA merged for inference; and")
+    print("\n".join(f"  - {words}" for words in account.CONVENTIONS_3.values()))
+    draw(args.plot, f"Table 3: peak of a training step, batch {B}, units of 1000 MiB; mark: the paper",
+         [bar for row in rows for bar in ((row["label"], row, row["paper_gb"]), ("ours today", row["today"], None))])
+    return rows
+
+
+def measured(row: dict) -> str:
+    return f"  measured {row['measured_peak'] / GB:.2f}" if row.get("measured_peak") else "  does not fit" if "measured_peak" in row else ""
+
+
+def draw(path: Path | None, title: str, bars: list[tuple[str, dict, float | None]]) -> None:
+    if path:
+        plot.stacked_bars(path, title, [kind.replace("_", " ") for kind in KINDS],
+                          [(label, [row[kind] / GB for kind in KINDS], mark) for label, row, mark in bars])
 
 
 def measure_cuda(case: Case) -> int | None:
@@ -254,7 +298,7 @@ def measure_cuda(case: Case) -> int | None:
     torch.cuda.empty_cache()
     try:
         with torch.device("cuda"):
-            step = step_of(case.build(), account.make_batch(*case.batch, VOCABULARY))
+            step = step_of(case.build(), case.make_batch())
         step()
         torch.cuda.reset_peak_memory_stats()
         step()
@@ -267,6 +311,8 @@ def measure_cuda(case: Case) -> int | None:
 def show_tables(args: argparse.Namespace) -> dict:
     """Table 1, or the rows that were asked for; by default with Section 3.1, rows with checkpointing, and what made our LST small."""
     wanted = cases(args)
+    if args.table == 3:
+        return {"rows": show_table_3(args, wanted)}
     if any((args.as_published, args.model, args.method, args.checkpoint, args.freeze, args.keep, args.device == "cuda")):
         return {"rows": show_table(args, wanted)}
     section_3_1 = show_section_3_1(r=args.r)
@@ -430,13 +476,14 @@ def show_seconds(args: argparse.Namespace) -> dict:
 # ---------------------------------------------------------------------------------------------------------- command line
 
 ROW = {"model", "method", "source_length", "target_length", "r", "keep", "freeze", "attention", "checkpoint", "dtype", "as_authors"}
-READS = {  # what each story reads, beside --table and --json; any other option would be ignored, so it is refused
-    "as_published": {"method", "plot"},
+READS = {  # what each story reads, beside --table 1 and --json; any other option would be ignored, so it is refused
+    "as_published": {"method", "plot", "table"},
     "explain": {"model", "batch_size", "source_length", "r", "attention"},
     "sweep": ROW | {"batch_size", "plot"},
     "fits": ROW,
     "time": {"model", "batch_size", "source_length", "target_length", "r", "keep", "attention", "rounds"},
     "tables": ROW | {"batch_size", "device", "plot"},
+    "table 3": ROW - {"model", "freeze", "as_authors"} | {"batch_size", "device", "plot", "table"},
 }
 READ_BY = {"r": {"lst"}, "keep": {"lst"}, "freeze": {"full", "adapters", "lora", "bitfit"}, "as_authors": {"lora", "prompt"}}  # not by every method
 SWEPT = {"batch": "batch_size", "length": "source_length", "r": "r", "keep": "keep"}  # the option whose place a sweep takes
@@ -458,7 +505,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     stories.add_argument("--fits", type=positive, metavar="GB", help="the largest batch of each method on a card of so many GB (2^30 bytes)")
     stories.add_argument("--time", action="store_true", help="seconds of a step on this machine")
     step = parser.add_argument_group("the step")
-    step.add_argument("--table", type=int, choices=(1,), help="the rows of this table of the paper (default 1)")
+    step.add_argument("--table", type=int, choices=(1, 3), help="the rows of this table of the paper (default 1); 3: as published and today")
     step.add_argument("--model", choices=SIZES, help="all methods at this size, instead of Table 1's rows")
     step.add_argument("--method", choices=METHODS, help="this method alone")
     step.add_argument("--batch-size", type=positive, help="default: the paper's 100, or 8 with --time")
@@ -478,12 +525,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     files.add_argument("--json", type=new_file, help="also write what was found to this file")
     files.add_argument("--plot", type=new_file, help="also draw it, as SVG; for tables and --sweep")
     args = parser.parse_args(argv)
+    if args.table == 3:  # with its own defaults
+        parser.set_defaults(**dict(zip(("batch_size", "source_length", "target_length"), TABLE_3["batch"])), r=TABLE_3["r"])
+        args = parser.parse_args(argv)
 
     story = next(name for name in READS if getattr(args, name, name == "tables"))
+    story = "table 3" if story == "tables" and args.table == 3 else story
     method = "lst" if args.sweep in ("r", "keep") else args.method
     if args.method not in (None, method):
         parser.error(f"--sweep {args.sweep} is about the ladder: leave --method {args.method} out")
-    given = {name for name, value in vars(args).items() if value != parser.get_default(name)} - {story, "table", "json"}
+    given = {name for name, value in vars(args).items() if value != parser.get_default(name)} - {story, "json"} - ({"table"} if args.table == 1 else set())
     read = {name for name in READS[story] if method is None or method in READ_BY.get(name, METHODS)} - {SWEPT.get(args.sweep)}
     if idle := given - read:
         parser.error(f"--{min(idle)} has no part in what is asked for here{f' (--{story})' * (story != 'tables')}: leave it out".replace("_", "-"))
@@ -501,15 +552,17 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def case_of(args: argparse.Namespace, method: str, model: str) -> Case:
-    keep = kept(model) if method != "lst" or args.keep is None else None if args.keep == "all" else tuple(args.keep)
+    images = args.table == 3
+    keep = (None if images else kept(model)) if method != "lst" or args.keep is None else None if args.keep == "all" else tuple(args.keep)
     freeze = args.freeze if method in READ_BY["freeze"] else 0
-    return Case(method, model, args.r, keep, freeze, args.attention, args.checkpoint, args.dtype, args.as_authors or args.as_published,
-                args.batch)
+    as_authors = args.as_authors or (args.as_published and not images)  # Table 3's LoRA has no added biases
+    return Case(method, model, args.r, keep, freeze, args.attention, args.checkpoint, args.dtype, as_authors, args.batch, images)
 
 
 def cases(args: argparse.Namespace) -> list[Case]:
-    """The rows that the command line asks for: Table 1's, or all methods at one size."""
-    which = [(method, args.model) for method in METHODS] if args.model else PAPER
+    """The rows that the command line asks for: a table's, or all methods at one size."""
+    model = TABLE_3["model"] if args.table == 3 else args.model
+    which = [(method, model) for method in METHODS] if model else PAPER
     return [case_of(args, method, model) for method, model in which if args.method in (None, method)]
 
 

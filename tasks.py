@@ -87,13 +87,9 @@ def draw(task: str, rows: list, seed: int, step: int) -> list[data.Row]:
     return data_vl.draw(rows, seed, step) if task in data_vl.TASKS else rows
 
 
-def collate(rows: Sequence[data.Row], features: images.Features | None, blank: bool = False) -> data.Batch:
-    """blank: the pictures are hidden, all that CLIP saw is 0."""
+def collate(rows: Sequence[data.Row], features: images.Features | None) -> data.Batch:
     batch = data.collate(rows)
-    if features is None:
-        return batch
-    seen = features.lookup([row.images for row in rows])  # (B, N, P, C)
-    return batch._replace(images=torch.zeros_like(seen) if blank else seen)
+    return batch if features is None else batch._replace(images=features.lookup([row.images for row in rows]))  # (B, N, P, C)
 
 
 # ------------------------------------------------------------------------------------------------------------ in answering

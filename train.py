@@ -107,7 +107,7 @@ def backward(model: nn.Module, rows: list[data.Row], args: argparse.Namespace, f
         if part >= len(rows) and not last:
             continue  # the last batch of an epoch may have fewer rows than parts
         weight = (part < len(rows)) / tokens  # the last pass sends the gradient: without a row of its own it takes one that counts nothing
-        batch = to_device(tasks.collate(rows[part::parts] or rows[:1], features, args.blank), args.device)
+        batch = to_device(tasks.collate(rows[part::parts] or rows[:1], features), args.device)
         with contextlib.nullcontext() if last else distributed.sent_later(model):
             share = loss_of(model, batch) * weight
             (share * distributed.processes()).backward()  # DistributedDataParallel takes the mean over the processes
@@ -135,7 +135,7 @@ def evaluate(model: nn.Module, tokenizer: Tokenizer, args: argparse.Namespace, p
     for task, examples in parts.items():
         rows, texts = tasks.draw(task, tasks.encode(task, examples, tokenizer), args.seed, 0), {}
         for indices in data.in_order(rows, args.batch_size)[distributed.rank()::distributed.processes()]:
-            batch = to_device(tasks.collate([rows[i] for i in indices], features, args.blank), args.device)
+            batch = to_device(tasks.collate([rows[i] for i in indices], features), args.device)
             texts |= zip(indices, tasks.answer(model, tokenizer, batch, task))
         texts = distributed.gather(texts)
         if len(set(texts.values())) == 1 and len({tuple(row.target) for row in rows}) > 1:
@@ -213,6 +213,8 @@ def train(args: argparse.Namespace, out: Path) -> dict:
     rows = {task: tasks.encode(task, part.train[: args.max_train_rows], tokenizer) for task, part in datasets.items()}
     val, test = ({task: getattr(part, name) for task, part in datasets.items()} for name in ("val", "test"))
     features = tasks.look(datasets, args.clip, args.device) if pictures else None
+    if args.blank:
+        features.hidden = True
     settle(args, rows, sample=dataset.name == "bundled-sample")
 
     with torch.device("meta"):
@@ -264,7 +266,9 @@ def train(args: argparse.Namespace, out: Path) -> dict:
         fit(args, model, optimizer, tokenizer, rows, val, features, out, config, at)
         load_trained(out, model)  # the best epoch
         scores = evaluate(model, tokenizer, args, test, features)
-        hidden = evaluate(model, tokenizer, argparse.Namespace(**vars(args) | {"blank": True}), test, features) if pictures else None
+        if pictures:
+            features.hidden = True
+            hidden = evaluate(model, tokenizer, args, test, features)
     except (KeyboardInterrupt, FloatingPointError):
         say(f"\nstopped after {at.step} of {args.steps} steps; " + (f"epoch {at.best['epoch']} (validation {at.best['val']['score']:.2f}) is kept in {out}"
                                                                    if at.best else "no epoch had ended, no weights were kept"))

@@ -77,11 +77,11 @@ def time_loop(folder: str, steps: int) -> dict[str, float]:
     return parts | {"log, progress, the rest": ended - began - sum(parts.values())}
 
 
-def widest(rows: list[data.Encoded], batch: list[int]) -> int:
+def widest(rows: list[data.Row], batch: list[int]) -> int:
     return max(len(rows[i][0]) for i in batch)
 
 
-def arrange(rows: list[data.Encoded], batch_size: int, seed: int) -> dict[str, list[list[int]]]:
+def arrange(rows: list[data.Row], batch_size: int, seed: int) -> dict[str, list[list[int]]]:
     """An epoch's batches for each way of padding, from the narrowest to the widest."""
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
     random_order = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
@@ -89,13 +89,13 @@ def arrange(rows: list[data.Encoded], batch_size: int, seed: int) -> dict[str, l
     return {padding: sorted(batches, key=functools.partial(widest, rows)) for padding, batches in zip(PADDINGS, epochs)}
 
 
-def to_width(collate: Callable, pairs: list[data.Encoded]) -> data.Batch:
-    batch = collate(pairs)
+def to_width(collate: Callable, rows: list[data.Row]) -> data.Batch:
+    batch = collate(rows)
     missing = (0, WIDTH - batch.source_ids.shape[1])
     return batch._replace(source_ids=F.pad(batch.source_ids, missing), source_mask=F.pad(batch.source_mask, missing))
 
 
-def time_epochs(training: argparse.Namespace, rows: list[data.Encoded], epochs: dict[str, list[list[int]]], sample: int, seed: int) -> dict[str, float]:
+def time_epochs(training: argparse.Namespace, rows: list[data.Row], epochs: dict[str, list[list[int]]], sample: int, seed: int) -> dict[str, float]:
     """Seconds of an epoch for each way of padding, from `sample` of its batches, evenly from narrow to wide; one batch of each in turn."""
     model, seconds, offset = train.build(training).train(), defaultdict(list), random.Random(seed).random()
     parameters = list(train.trainable(model).values())
@@ -123,7 +123,7 @@ def run(args: argparse.Namespace) -> dict:
     training = options.parse(["--task", "sst2", "--device", "cpu", "--data", args.data], __doc__)
     training.task = "sst2"
     rows = data.encode(data.load("sst2", args.data).train, load_tokenizer("nano"))
-    options.settle(training, len(rows), sample=False)
+    options.settle(training, {"sst2": rows}, sample=False)
     loops, seconds, sample, progress = [], [], max(1, args.steps // 10), report.Progress("round", args.rounds)
     for number in range(args.rounds):
         epochs = arrange(rows, training.batch_size, seed=number)

@@ -4,6 +4,7 @@ import json
 import re
 from dataclasses import replace
 from functools import cache
+from unittest.mock import patch
 from xml.etree import ElementTree
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 
 import account
 import bench_memory
-from bench_memory import ACTIVATIONS, GB, PAPER, Case, kept, mlp
+from bench_memory import ACTIVATIONS, GB, METHODS, PAPER, PAPER_3, TABLE_3, Case, kept, mlp
 
 T5_BASE = bench_memory.SIZES["t5-base"]
 TINY = dict(d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4)
@@ -37,9 +38,16 @@ def published(method, model):
 
 
 @cache
+def published_3(method):
+    """A row of Table 3 as the authors' environment measured it; inference has a test of its own."""
+    with patch.object(account, "inference", lambda net, batch: 0):
+        return Case(method, **TABLE_3).account(account.CONVENTIONS_3)
+
+
+@cache
 def peak_of(case, config):  # config: what SIZES says at the moment, so that a patched size is another case
     with torch.device("meta"):
-        return account.training_step(case.build(), account.make_batch(*case.batch, 32100))["peak"]
+        return account.training_step(case.build(), case.make_batch())["peak"]
 
 
 def peak(case):
@@ -119,6 +127,67 @@ def test_paper_values_stand_beside_the_papers_settings_alone(tiny, monkeypatch):
     for change in (dict(batch=(99, 128, 2)), dict(r=4), dict(checkpoint=True), dict(dtype="bf16"), dict(keep=(0,)), dict(model="t5-small")):
         assert replace(case, **change).account()["paper_gb"] is None, change
     assert case.account()["paper_gb"] == 5.5
+
+
+# --------------------------------------------------------------------------------------------------------------- Table 3
+
+@pytest.mark.parametrize("method", METHODS)
+def test_table_3_is_reproduced_under_the_conventions_of_its_environment(method):
+    row = published_3(method)
+    assert (row["paper_gb"], row["paper_inference_gb"]) == PAPER_3[method]
+    assert row["peak_paper_gb"] == pytest.approx(row["paper_gb"], rel=0.03)
+
+
+@pytest.mark.parametrize("method", [pytest.param(method, marks=[pytest.mark.slow] * (method != "lora")) for method in METHODS])
+def test_inference_of_table_3_is_reproduced(method):  # LoRA's with merged weights, else it would be 0.93
+    row = Case(method, **TABLE_3).account()
+    assert row["inference_peak_paper_gb"] == pytest.approx(row["paper_inference_gb"], rel=0.01)
+
+
+def test_the_rows_count_the_shares_of_table_3():  # of the whole model, the visual embedding and the added modules included
+    assert [round(published_3(method)["trainable_percent"], 2) for method in METHODS] == [100, 7.98, 7.54, 0.83, 1.26, 7.46]
+
+
+def test_lst_is_the_only_method_of_table_3_that_fits_on_16_gb():  # Sec. 5: "the only method that can fit into a single 16GB GPU"
+    assert [method for method in METHODS if published_3(method)["peak"] <= 16 * 2**30] == ["lst"]
+
+
+def test_lst_needs_less_than_every_baseline():  # as published
+    *others, ladder = (published_3(method)["peak"] for method in METHODS)
+    assert ladder < 0.7 * min(others)
+
+
+@pytest.mark.parametrize("changes, most", [({}, 0.6), (dict(checkpoint=True), 1)], ids=str)
+def test_our_lst_needs_less_than_every_baseline_beside_images(changes, most):
+    *others, ladder = (peak(Case(method, **TABLE_3 | dict(model="t5-small") | changes)) for method in ("lora", "bitfit", "lst"))  # the smallest two
+    assert ladder < most * min(others)
+
+
+def test_the_visual_embedding_and_the_images_are_counted(monkeypatch):
+    of_few_layers(monkeypatch, 1)
+    text = Case("lst", "t5-small", r=4)
+    rows = [case.account() for case in (text, replace(text, images=True))]
+    embedding = 2048 * 512 + 512 + 5 * 512 + 512 + 4 * 512  # two projections with biases, two norms, two orders of images
+    assert rows[1]["trainable_params"] - rows[0]["trainable_params"] == embedding
+    assert rows[1]["weights"] - rows[0]["weights"] == 4 * (embedding + 100 * 512)  # and the words that name cells
+    assert rows[1]["saved_activations"] - rows[0]["saved_activations"] > 4 * 100 * 36 * (2048 + 512)  # the grids, and what the norm reads
+
+
+@pytest.mark.parametrize("arguments", [[], ["--as-published", "--method", "lora"], ["--method", "lst", "--batch-size", "3"]], ids=" ".join)
+def test_table_3_prints_its_rows_as_published_and_today(tiny, capsys, arguments):
+    rows, text = bench_memory.main(["--table", "3", *arguments])["rows"], capsys.readouterr().out
+    assert [row["method"] for row in rows] == (arguments[arguments.index("--method") + 1 :][:1] if arguments else list(METHODS))
+    for row in rows:
+        assert row["peak"] == sum(row[kind] for kind in bench_memory.KINDS) > row["today"]["peak"] == sum(row["today"][kind] for kind in bench_memory.KINDS)
+        assert row["paper_gb"] == (None if "--batch-size" in arguments else PAPER_3[row["method"]][0])
+        assert re.search(rf"{METHODS[row['method']]} .* {row['peak_paper_gb']:.2f} +{row['today']['peak_paper_gb']:.2f} ", text)
+    assert all(words in text for words in account.CONVENTIONS_3.values()) and account.CONVENTIONS["gradients"] not in text
+
+
+def test_attention_and_checkpointing_change_todays_account_and_not_the_published_one(tiny):
+    plain, changed = (bench_memory.main(["--table", "3", "--method", "lst", "--r", "2", *more])["rows"][0]
+                      for more in ([], ["--attention", "fused", "--checkpoint"]))
+    assert changed["today"]["peak"] < plain["today"]["peak"] and changed["peak"] == plain["peak"]
 
 
 # ---------------------------------------------------------------------------------------------------- rows and their order
@@ -203,7 +272,7 @@ def result_of(arguments, folder):
 
 
 @pytest.mark.parametrize("arguments", [
-    ["--as-published", "--method", "lora"], ["--sweep", "length", "--method", "lst"], ["--explain"], [*SMALL, *FEW, "--time", "--rounds", "1"],
+    ["--as-published", "--method", "lora"], ["--table", "3", "--method", "lora"], ["--sweep", "length", "--method", "lst"], ["--explain"], [*SMALL, *FEW, "--time", "--rounds", "1"],
     *(pytest.param(more, marks=pytest.mark.slow) for more in (
         ["--method", "prompt", "--batch-size", "1000000000", "--source-length", "10000"], ["--sweep", "batch"], ["--sweep", "r"], ["--sweep", "keep"],
         [*SMALL, "--fits", "1", "--method", "lst", "--source-length", "4000"]))], ids=" ".join)
@@ -258,6 +327,10 @@ WRONG = [
     ["--batch-size", "0"], ["--batch-size", "-1"], ["--batch-size", str(10**18)], ["--source-length", "0"], ["--target-length", "0"],
     ["--time", "--rounds", "0"],
     ["--as-published", "--batch-size", "100"], ["--as-published", "--attention", "fused"], ["--as-published", "--r", "4"], ["--as-published", "--dtype", "bf16"],
+    ["--table", "3", "--explain"], ["--table", "3", "--fits", "12"], ["--table", "3", "--sweep", "r"], ["--table", "3", "--time"],
+    ["--table", "3", *SMALL], ["--table", "3", "--as-authors"], ["--table", "3", "--freeze", "3"], ["--table", "3", "--r", "5"], ["--table", "3", "--keep", "12"],
+    ["--table", "3", "--method", "lora", "--keep", "1"], ["--table", "3", "--as-published", "--batch-size", "3"], ["--table", "3", "--dtype", "bf16"],
+    ["--table", "3", "--method", "lst", "--batch-size", HUGE, "--target-length", HUGE],
     ["--dtype", "bf16"], ["--dtype", "bf16", "--method", "full"], ["--dtype", "fp16", "--method", "lst"],
     ["--plot", "x.svg", "--time"], ["--plot", "x.svg", "--explain"], ["--plot", "x.svg", "--fits", "12"],
     ["--json", "missing/bench.json"], ["--json", "."], ["--json", "/dev/null/bench.json"], ["--plot", "missing/x.svg"], ["--plot", "/dev/null/x.svg"],

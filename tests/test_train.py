@@ -162,7 +162,7 @@ def test_a_run_loads_back_to_its_score(learned, glue):
     out, results = learned
     model, tokenizer = train.load(out)
     assert not model.training
-    assert train.evaluate(model, tokenizer, argparse.Namespace(**results["config"]), data.load("sst2", str(glue)).test) == results["test"]
+    assert train.evaluate(model, tokenizer, argparse.Namespace(**results["config"]), {"sst2": data.load("sst2", str(glue)).test}) == results["test"]
 
 
 @pytest.mark.parametrize("more", [*(("--method", method) for method in baselines.METHODS), ("--method", "lora", "--as-authors"),

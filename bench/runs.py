@@ -1,8 +1,9 @@
-"""GLUE with the bundled backbone: run what the README's tables show, and rebuild the tables from what was run.
+"""Run what the README's tables of scores show, and rebuild the tables from what was run.
 
-    python bench/glue.py --data glue --jobs 2             # what bench/glue.json does not have yet: each variant, each seed
-    python bench/glue.py --data glue --only lst,rte-lst   # of these variants only; --seeds 0,1,2
-    python bench/glue.py                                  # only print the tables
+    python bench/runs.py glue --data glue --jobs 2                 # what bench/glue.json does not have yet: each variant, each seed
+    python bench/runs.py glue --data glue --only lst,rte-lst       # of these variants only; --seeds 0,1,2
+    python bench/runs.py pictures --data easy_vqa --jobs 2         # the same for bench/pictures.json
+    python bench/runs.py glue                                      # only print the tables
 
 Small models use a core better than several: --jobs 2 makes two runs at a time, which share the cores.
 """
@@ -24,20 +25,19 @@ sys.path.insert(0, str(ROOT))
 from checkpoint import write_json  # noqa: E402
 from report import Parser, guarded, positive, seeds  # noqa: E402
 
-RESULTS = ROOT / "bench" / "glue.json"  # the results.json of every run, and its variant
 SMALL_EPOCHS = 3  # Paper: 20 on the small tasks; ours is done in minutes
 SST2_VARIANTS = {  # name: title, flags of train.py, the paper's score with T5-base (Table 1)
-    "lst": ("LST, r = 8, Fisher pruning", "--task sst2", "94.1 ± 0.3"),
-    "lst-random": ("LST, random start", "--task sst2 --init random", ""),
-    "lst-shut": ("LST without ladders", "--task sst2 --gates shut", ""),
-    "full": ("full fine-tuning", "--task sst2 --method full", "93.9 ± 0.6"),
-    "adapters": ("adapters", "--task sst2 --method adapters", "94.2 ± 0.5"),
-    "lora": ("LoRA", "--task sst2 --method lora", "94.3 ± 0.1"),
-    "bitfit": ("BitFit", "--task sst2 --method bitfit", "94.3 ± 0.1"),
-    "prompt": ("prompt-tuning", "--task sst2 --method prompt", "90.3"),
+    "lst": ("LST, r = 8, Fisher pruning", "--task sst2 --data glue", "94.1 ± 0.3"),
+    "lst-random": ("LST, random start", "--task sst2 --init random --data glue", ""),
+    "lst-shut": ("LST without ladders", "--task sst2 --gates shut --data glue", ""),
+    "full": ("full fine-tuning", "--task sst2 --method full --data glue", "93.9 ± 0.6"),
+    "adapters": ("adapters", "--task sst2 --method adapters --data glue", "94.2 ± 0.5"),
+    "lora": ("LoRA", "--task sst2 --method lora --data glue", "94.3 ± 0.1"),
+    "bitfit": ("BitFit", "--task sst2 --method bitfit --data glue", "94.3 ± 0.1"),
+    "prompt": ("prompt-tuning", "--task sst2 --method prompt --data glue", "90.3"),
 }
 SMALL_VARIANTS = {
-    f"{task}-{method}": (f"{title}: {method_title}", f"--task {task} --epochs {SMALL_EPOCHS}{flags}", paper)
+    f"{task}-{method}": (f"{title}: {method_title}", f"--task {task} --epochs {SMALL_EPOCHS}{flags} --data glue", paper)
     for task, title, papers in (
         ("cola", "CoLA, Matthews", ("58.1 ± 3.2", "62.8 ± 2.5")),
         ("mrpc", "MRPC, accuracy and F1", ("90.4 ± 1.0", "91.9 ± 1.0")),
@@ -45,13 +45,21 @@ SMALL_VARIANTS = {
         ("stsb", "STS-B, Pearson and Spearman", ("90.7 ± 0.2", "90.3 ± 0.1")))
     for (method, method_title, flags), paper in zip((("lst", "LST", ""), ("full", "full fine-tuning", " --method full")), papers)
 }
-VARIANTS = SST2_VARIANTS | SMALL_VARIANTS
+METHODS = {"lst": ("LST, r = 4", ""), "full": ("full fine-tuning", " --method full"), "blank": ("LST, trained without pictures", " --blank"),
+           "adapters": ("adapters", " --method adapters"), "lora": ("LoRA", " --method lora"), "bitfit": ("BitFit", " --method bitfit"),
+           "prompt": ("prompt-tuning", " --method prompt")}
+EASY_VARIANTS = {f"easy-vqa-{name}": (title, f"--task easy-vqa{flags} --data easy_vqa", "") for name, (title, flags) in METHODS.items()}
+SCENE_VARIANTS = {f"{task}-{name}": (f"{title}: {METHODS[name][0]}", f"--task {task}{METHODS[name][1]}", "")
+                  for task, title in (("vqa", "VQA"), ("gqa", "GQA"), ("nlvr2", "NLVR2"), ("coco", "captions, CIDEr-D")) for name in ("lst", "full")}
+SCENE_VARIANTS["joint-lst"] = ("all four in one: LST", "--task vqa+gqa+nlvr2+coco", "")
+TABLES = {"glue": (SST2_VARIANTS, SMALL_VARIANTS), "pictures": (EASY_VARIANTS, SCENE_VARIANTS)}
+VARIANTS, RESULTS = {}, Path()  # what the command line chooses: the variants of its tables; the results.json of every run, and its variant
 LOCK = threading.Lock()
 
 
 def command(name: str, numbers: list[int]) -> str:
-    """As the README has it, with the GLUE folders in the folder `glue`."""
-    return f"python train.py {VARIANTS[name][1]} --data glue --seed{'s' * (len(numbers) > 1)} {','.join(map(str, numbers))}"
+    """As the README has it, with the data in the folder `glue` or `easy_vqa`."""
+    return f"python train.py {VARIANTS[name][1]} --seed{'s' * (len(numbers) > 1)} {','.join(map(str, numbers))}"
 
 
 def all_runs() -> list[dict]:
@@ -72,20 +80,22 @@ def add(run: dict) -> None:
 def train(name: str, seed: int, folder: str, jobs: int) -> tuple[str, float | None]:
     """One run, in a process of its own: a line about it, and its seconds if it went well."""
     with tempfile.TemporaryDirectory() as out:
-        own = {"python": sys.executable, "glue": str(Path(folder).resolve())}  # of this machine
+        own = {"python": sys.executable} | dict.fromkeys(TABLES | {"easy_vqa": 0}, str(Path(folder).resolve()))  # of this machine
         words = [own.get(word, word) for word in command(name, [seed]).split()]
         environment = os.environ | {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // jobs))}
         done = subprocess.run([*words, "--out", out], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         if done.returncode:
             return f"{name}, seed {seed}: failed, {done.stderr.strip().rpartition(chr(10))[2] or f'exit code {done.returncode}'}", None
         run = json.loads((Path(out) / "results.json").read_text(encoding="utf-8"))
-    del run["config"]["data"]
+    run["config"].pop("data", None)
     add({"variant": name} | run | {"command": command(name, [seed]), "runs_at_a_time": jobs})
     return f"{name}, seed {seed}: {run['test']['score']:.2f} in {run['seconds']:.0f} s", run["seconds"]
 
 
 def table(names: dict) -> str:
-    lines = ["| | trained parameters | score, mean ± deviation | each seed | seconds | peak memory | the paper, T5-base |", "|---|---:|---:|---:|---:|---:|---:|"]
+    pictures = names in TABLES["pictures"]
+    lines = [f"| | trained parameters | score, mean ± deviation | each seed |{' the pictures hidden |' * pictures} seconds | peak memory |{' the paper, T5-base |' * (not pictures)}"]
+    lines.append("|---" + "|---:" * 6 + "|")
     commands = []
     for name, (title, _, paper) in names.items():
         runs = [run for run in read() if run["variant"] == name]
@@ -93,8 +103,9 @@ def table(names: dict) -> str:
             continue
         scores = [run["test"]["score"] for run in runs]
         mean = f"**{statistics.mean(scores):.1f}**" + (f" ± {statistics.pstdev(scores):.1f}" if len(scores) > 1 else "")
-        lines.append(f"| {title} | {runs[0]['trainable_params']:,} ({runs[0]['trainable_percent']:.2f} %) | {mean} | {', '.join(f'{score:.1f}' for score in scores)} "
-                     f"| {statistics.mean(run['seconds'] for run in runs):.0f} | {statistics.mean(run['peak_memory_bytes'] for run in runs) / 2**20:.0f} MiB | {paper} |")
+        lines.append(f"| {title} | {runs[0]['trainable_params']:,} ({runs[0]['trainable_percent']:.2f} %) | {mean} | {', '.join(f'{score:.1f}' for score in scores)} |"
+                     + (f" {statistics.mean(run['test_hidden']['score'] for run in runs):.1f} |" if pictures else "")
+                     + f" {statistics.mean(run['seconds'] for run in runs):.0f} | {statistics.mean(run['peak_memory_bytes'] for run in runs) / 2**20:.0f} MiB |{f' {paper} |' * (not pictures)}")
         commands.append("    " + command(name, [run["seed"] for run in runs]))
     return "\n".join(["", *lines, "", *commands]) if commands else ""
 
@@ -117,15 +128,19 @@ def run_missing(args: argparse.Namespace) -> int:
 
 def main() -> int:
     parser = Parser(__doc__)
-    parser.add_argument("--data", help="folder of the official GLUE folders; without it nothing is run")
+    parser.add_argument("which", choices=TABLES)
+    parser.add_argument("--data", help="folder of the official GLUE folders, or of easy-VQA's pictures and questions; without it nothing is run")
     parser.add_argument("--jobs", type=positive, default=1, help="runs at a time (default 1)")
-    parser.add_argument("--only", type=lambda text: text.split(","), default=list(VARIANTS), help=f"variants to run: {', '.join(VARIANTS)}")
+    parser.add_argument("--only", type=lambda text: text.split(","), help="variants to run, as in the json file (default: all)")
     parser.add_argument("--seeds", type=seeds, default=[0, 1, 2], help="seeds to run (default 0,1,2)")
     args = parser.parse_args()
+    global VARIANTS, RESULTS
+    VARIANTS, RESULTS = {name: row for names in TABLES[args.which] for name, row in names.items()}, ROOT / "bench" / f"{args.which}.json"
+    args.only = args.only or list(VARIANTS)
     if unknown := [name for name in args.only if name not in VARIANTS]:
         parser.error(f"{unknown[0]!r} is no variant; choose from {', '.join(VARIANTS)}")
     failed = run_missing(args) if args.data else 0
-    for names in (SST2_VARIANTS, SMALL_VARIANTS):
+    for names in TABLES[args.which]:
         print(table(names))
     print()
     for words in sorted({f"{run['hardware']}, {run['runs_at_a_time']} runs at a time, torch {run['versions']['torch']}" for run in read()}):
