@@ -30,8 +30,8 @@ from model import brief, locate, weight_files
 FILES = ("state.safetensors", "results.json", "results.md", "trained.safetensors", "metrics.jsonl", "config.json")
 # what `train.load` takes from a run's config
 NEEDED = {"task": str, "model": str, "method": str, "prompts": str, "dtype": str, "gates": str, "backbone_sha256": str, "r": int, "keep": (list, type(None)),
-          "as_authors": bool, "freeze": int, "checkpoint": bool}
-LATER = {"as_authors": False, "freeze": 0, "checkpoint": False}  # what a run of the first version, which did not have them, stands for
+          "as_authors": bool, "freeze": int, "checkpoint": bool, "clip": str, "blank": bool, "dropout": (float, type(None))}
+LATER = {"as_authors": False, "freeze": 0, "checkpoint": False, "clip": "nano", "blank": False, "dropout": None}  # what a run of the first version, which did not have them, stands for
 
 
 # ---------------------------------------------------------------------------------------------------------------- folder

@@ -376,7 +376,7 @@ def in_order(encoded: Sequence[Row], batch_size: int) -> list[list[int]]:
 
 def collate(rows: Sequence[Row]) -> Batch:
     """Pads to the longest source and the longest target of the batch."""
-    sources, targets, _, weights = zip(*(Row(*row) for row in rows))
+    sources, targets, _, weights = zip(*rows)
     decoder = [[START, *target[:-1]] for target in targets]
     return Batch(_pad(sources, PAD), _pad([[1] * len(ids) for ids in sources], 0).bool(),
                  _pad(decoder, PAD), _pad([[1] * len(ids) for ids in decoder], 0).bool(), _pad(targets, IGNORE),

@@ -643,8 +643,8 @@ class Checkpoint:
 
 
 def load_t5(model: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, attention: str = "fused",
-            checkpoint: bool = False) -> T5:
-    """A T5 with the weights of a folder or of a public name, strictly loaded, in eval mode.
+            checkpoint: bool = False, dropout: float | None = None) -> T5:
+    """A T5 with the weights of a folder or of a public name, strictly loaded, in eval mode.  dropout: in place of the config's rate.
 
     Parameters are built on the meta device and take the mapped tensors of the file, so nothing is held twice.
     ValueError: float16, an unknown name, a damaged file, or keys that do not fit (up to three of each kind are named).
@@ -655,6 +655,7 @@ def load_t5(model: str | Path, device: str | torch.device = "cpu", dtype: torch.
     if not path.is_file():
         raise ValueError(f"{path} is not there; a backbone's folder holds config.json, model.safetensors and spiece.model")
     config = replace(T5Config.from_json(path), attention=attention, checkpoint=checkpoint)
+    config = config if dropout is None else replace(config, dropout_rate=dropout)
     weights = Checkpoint(weight_files(model))
     with torch.device("meta"):
         t5 = T5(config)

@@ -57,7 +57,7 @@ def build(args: argparse.Namespace) -> nn.Module:
         raise ValueError("--dtype bf16 is for a frozen backbone; --method full trains it, so use --dtype fp32")
     if args.dtype not in DTYPES:
         raise ValueError(f"dtype is {args.dtype!r}, choose from fp32, bf16")
-    t5 = load_t5(args.model, device=args.device, dtype=DTYPES[args.dtype], checkpoint=args.checkpoint)
+    t5 = load_t5(args.model, device=args.device, dtype=DTYPES[args.dtype], checkpoint=args.checkpoint, dropout=args.dropout)
     if tasks.has_pictures(args.task):
         t5.visual = VisualEmbedding(load_clip(args.clip).channels, t5.config)
     if args.method != "lst":

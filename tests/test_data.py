@@ -372,14 +372,13 @@ class Words:
 
 
 def lengths(*sizes):
-    return [([9] * n, [5, 1]) for n in sizes]
+    return [data.Row([9] * n, [5, 1]) for n in sizes]
 
 
 def test_a_long_source_is_cut_to_128_with_the_end_token():
     example = data.Example("word " * 200, "1", 1)
-    (source, target), = encode([example], Words())
-    assert source == [4] * 127 + [1] and target == [1, 1]
-    assert encode([data.Example("a bb", "ccc", 0)], Words(), max_source=3) == [([1, 2, 1], [3, 1])]
+    assert encode([example], Words()) == [data.Row([4] * 127 + [1], [1, 1])]
+    assert encode([data.Example("a bb", "ccc", 0)], Words(), max_source=3) == [data.Row([1, 2, 1], [3, 1])]
 
 
 def test_batches_are_a_pure_function_of_seed_and_epoch():
@@ -412,10 +411,11 @@ def test_evaluation_goes_from_short_to_long():
 
 
 def test_collate_pads_to_the_longest_and_shifts_the_labels_right():
-    batch = collate([([7, 8, 1], [5, 1]), ([9, 1], [5, 6, 1])])
+    batch = collate([data.Row([7, 8, 1], [5, 1]), data.Row([9, 1], [5, 6, 1])])
     assert batch.source_ids.tolist() == [[7, 8, 1], [9, 1, 0]]
     assert batch.source_mask.tolist() == [[True, True, True], [True, True, False]]
     assert batch.decoder_ids.tolist() == [[0, 5, 0], [0, 5, 6]]
     assert batch.decoder_mask.tolist() == [[True, True, False], [True, True, True]]
     assert batch.labels.tolist() == [[5, 1, -100], [5, 6, 1]]
-    assert [t.dtype for t in batch] == [torch.long, torch.bool, torch.long, torch.bool, torch.long]
+    assert [t.dtype for t in batch[:5]] == [torch.long, torch.bool, torch.long, torch.bool, torch.long]
+    assert batch.weights is batch.images is None  # texts alone count alike and have no pictures

@@ -94,7 +94,7 @@ def test_accumulated_passes_have_the_losses_of_one(argv, quiet, tmp_path, passes
 def test_the_loss_is_a_mean_over_label_tokens_not_over_passes(quiet):
     """Rows with targets of different lengths: the mean of the passes' means would be another number."""
     model, generator = LadderT5(load_t5(quiet), r=4), torch.Generator().manual_seed(0)
-    rows = [(torch.randint(3, 60, (6,), generator=generator).tolist(), torch.randint(3, 60, (length,), generator=generator).tolist()) for length in (1, 1, 1, 9)]
+    rows = [data.Row(torch.randint(3, 60, (6,), generator=generator).tolist(), torch.randint(3, 60, (length,), generator=generator).tolist()) for length in (1, 1, 1, 9)]
     losses, gradients = [], []
     for passes in (1, 2, 4):
         model.zero_grad()
@@ -119,7 +119,7 @@ def inspect(folder, text):
     assert not replica.find_unused_parameters
 
     ladder = LadderT5(load_t5(folder), r=4).train()
-    batch = data.collate([(text, [5, 6])])
+    batch = data.collate([data.Row(text, [5, 6])])
     train.seed_everything(0, 7, rank)
     losses = distributed.gather({rank: train.loss_of(ladder, batch).item()})
     assert losses[0] != losses[1], "both processes draw the same dropout"

@@ -9,7 +9,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import sys
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,8 +28,8 @@ import options
 import scenes
 import tasks
 import train
-from clip import load_clip
-from model import EOS, T5, UNK, T5Config, VisualEmbedding, load_t5, load_tokenizer, save_t5
+from clip import NANO_CLIP, load_clip
+from model import EOS, NANO, T5, UNK, T5Config, VisualEmbedding, load_t5, load_tokenizer, save_t5
 from side import LadderT5
 from test_distributed import together
 from test_resume import what_counts
@@ -40,6 +39,8 @@ TOWER = Path(__file__).parent / "fixtures" / "clip-vit"      # 3 x 3 positions o
 FEW = {"train": 10, "val": 4, "test": 4}                     # scenes: 40, 18, 20 and 50 training rows of the four tasks
 MOST = tasks.MAX_NEW_TOKENS
 TABLE_3 = ("vqa", "gqa", "nlvr2", "coco")
+reported = pytest.mark.xfail(reason="reported to whoever writes train.py")
+needs_nano = pytest.mark.skipif(not (NANO.is_dir() and NANO_CLIP.is_dir()), reason="assets/nano or assets/nano_clip is not there")
 needs_pillow = pytest.mark.skipif(importlib.util.find_spec("PIL") is None, reason="needs Pillow: pip install -r requirements-vl.txt")
 
 
@@ -196,6 +197,14 @@ def test_without_pictures_means_that_all_clip_saw_is_zero(argv, monkeypatch):
     assert blind["test"] == blind["test_hidden"] and blind["config"]["blank"] and not results["config"]["blank"]
 
 
+@pytest.mark.slow
+@needs_nano
+def test_the_bundled_backbone_and_tower_train_with_no_other_flag(tmp_path):
+    results = train.main(["--task", "nlvr2", "--out", str(tmp_path / "run"), "--max-steps", "1", "--fisher-samples", "4", "--device", "cpu"])
+    assert (results["model"], results["config"]["clip"], results["config"]["batch_size"], results["config"]["epochs"]) == ("nano", "nano", 100, 10)
+    assert "score" in results["test_hidden"]
+
+
 def test_a_table_of_tasks_about_pictures(argv, tmp_path):
     results = train.main(argv("--task", "vqa,vqa+nlvr2", "--max-steps", 1))
     assert list(results["tasks"]) == ["vqa", "vqa+nlvr2"] and len(results["runs"]) == 2
@@ -219,10 +228,8 @@ def test_pictures_have_the_settings_of_table_6(task, size, method, lr, decay):
 
 # ---------------------------------------------------------------------------------------------------- cut off and resumed
 
-CUTS = [("vqa", 5, 5), ("vqa+nlvr2", 9, 6), pytest.param("vqa+nlvr2", 9, 9, marks=pytest.mark.slow), pytest.param("coco", 6, 4, marks=pytest.mark.slow)]
-
-
-@pytest.mark.parametrize("task, steps, at", CUTS)
+@pytest.mark.parametrize("task, steps, at", [("vqa", 5, 5), ("vqa+nlvr2", 9, 6), pytest.param("vqa+nlvr2", 9, 9, marks=pytest.mark.slow),
+                                             pytest.param("coco", 6, 4, marks=pytest.mark.slow)])
 def test_a_run_cut_off_goes_on_to_the_same_bits(argv, tmp_path, monkeypatch, capsys, shown, task, steps, at):
     soft(monkeypatch)
     same = ("--task", task, "--max-steps", steps, "--save-steps", 3)  # 3, 7 and 4 steps an epoch
@@ -247,6 +254,22 @@ def test_a_resume_with_another_clip_or_hidden_pictures_is_refused(argv, tmp_path
     save_file({name: tensor + 1e-3 for name, tensor in load_file(tower / "model.safetensors").items()}, tower / "model.safetensors")
     refused(capsys, [*line, "--resume"], "clip sha256 was")
     assert contents(tmp_path / "run") == before
+
+
+@reported
+def test_a_resume_is_refused_before_another_clip_has_seen_all_pictures(argv, monkeypatch, capsys, shown):
+    line = argv("--max-steps", 3, "--save-steps", 1)
+    cut_off(monkeypatch, line, 2)
+    shown.counts.clear()
+    refused(capsys, [*line, "--resume", "--clip", str(TOWER.with_name("clip-vit-open"))], "clip")
+    assert not shown.counts
+
+
+@reported
+def test_the_same_clip_at_another_place_is_the_same(argv, tmp_path, monkeypatch):
+    line = argv("--max-steps", 3, "--save-steps", 1)
+    cut_off(monkeypatch, line, 2)
+    assert train.main([*line, "--resume", "--clip", str(shutil.copytree(TOWER, tmp_path / "moved"))])["steps"] == 3
 
 
 def test_a_run_on_pictures_that_has_ended_is_left_as_it_is(argv, tmp_path, capsys):
@@ -274,7 +297,8 @@ def test_features_come_from_the_disk_as_clip_gave_them(argv, monkeypatch):
     train.main(argv("--task", "nlvr2", "--max-steps", 1))
     rows, batch = stepped[0][1], trained[0][1]
     pictures = [torch.from_numpy(scenes.draw(scenes.scene_of(key))) for row in rows for key in row.images]
-    torch.testing.assert_close(batch.images, tower(images.preprocess(pictures, 12)).unflatten(0, (len(rows), 2)), rtol=1e-3, atol=1e-2)  # (B, 2, 9, 16)
+    seen = tower(images.preprocess(pictures, 12)).unflatten(0, (len(rows), 2))  # (B, 2, 9, 16)
+    torch.testing.assert_close(batch.images, seen, rtol=1e-3, atol=1e-2)
 
 
 # ------------------------------------------------------------------------------------------------------ one step, one task
@@ -360,7 +384,8 @@ class Drawn:
 
 def row(number, length, weight):
     dice = torch.Generator().manual_seed(number)
-    return data.Row(torch.randint(3, 60, (6,), generator=dice).tolist(), torch.randint(3, 60, (length,), generator=dice).tolist(), (str(number),), weight)
+    source, target = (torch.randint(3, 60, (size,), generator=dice).tolist() for size in (6, length))
+    return data.Row(source, target, (str(number),), weight)
 
 
 def gradient(model, rows, accumulate=1):
@@ -441,18 +466,20 @@ def test_nlvr2_compares_the_logits_behind_the_start_token(ladder, t5):
     assert tasks.answer(ladder, tokenizer, batch, "nlvr2") == ["true" if one else "false" for one in true]
 
 
-@pytest.mark.parametrize("more", [("--method", "full", "--lr", "3e-3", "--max-steps", 30),
-                                  pytest.param(("--method", "lst", "--r", 1, "--batch-size", 8, "--max-steps", 80), marks=pytest.mark.slow)], ids=["full", "lst"])
+@pytest.mark.parametrize("more", [
+    ("--method", "full", "--lr", "3e-3", "--max-steps", 30),
+    pytest.param(("--method", "lst", "--r", 1, "--batch-size", 8, "--max-steps", 80), marks=pytest.mark.slow)], ids=["full", "lst"])
 def test_pictures_that_tell_the_answer_are_better_than_none(argv, tmp_path, monkeypatch, more):
     """Is it a dark or a light picture?  Who does not see it guesses."""
     def examples(task, part):
         return [scenes.Row("what color is it?", ("blue", "red")[i % 2], (f"{part}-{i}",), "", "") for i in range(scenes.SCENES[part])]
 
-    monkeypatch.setattr(scenes, "SCENES", {"train": 640, "val": 4, "test": 10})
+    monkeypatch.setattr(scenes, "SCENES", {"train": 480, "val": 4, "test": 10})
     monkeypatch.setattr(scenes, "examples", examples)
     monkeypatch.setattr(scenes, "scene_of", lambda key: int(key.partition("-")[2]))
     monkeypatch.setattr(scenes, "draw", lambda i: np.full((4, 4, 3), 255 * (i % 2), dtype=np.uint8))
-    seeing, blind = (train.main(argv(*more, "--out", tmp_path / name, *blank)) for name, blank in (("seeing", ()), ("blind", ("--blank",))))
+    seeing = train.main(argv(*more, "--out", tmp_path / "seeing"))
+    blind = train.main(argv(*more, "--out", tmp_path / "blind", "--blank"))
     assert seeing["test"]["score"] > 95 and seeing["test_hidden"]["score"] <= 50 and blind["test"]["score"] <= 50
 
 
@@ -461,9 +488,54 @@ def test_pictures_that_tell_the_answer_are_better_than_none(argv, tmp_path, monk
 def test_a_run_on_pictures_loads_back_to_its_scores(joint):
     model, tokenizer = train.load(joint.out)
     datasets = tasks.load("+".join(TABLE_3), None, "paper")
-    scores = train.evaluate(model, tokenizer, argparse.Namespace(**joint.results["config"]), {task: dataset.test for task, dataset in datasets.items()},
-                            tasks.look(datasets, str(TOWER), "cpu"))
-    assert scores == joint.results["test"]
+    args, test = argparse.Namespace(**joint.results["config"]), {task: dataset.test for task, dataset in datasets.items()}
+    assert train.evaluate(model, tokenizer, args, test, tasks.look(datasets, str(TOWER), "cpu")) == joint.results["test"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [
+    *(("--method", method) for method in baselines.METHODS), *(("--method", method, "--dtype", "bf16") for method in baselines.METHODS[1:]),
+    ("--dtype", "bf16"), ("--checkpoint",), ("--method", "full", "--checkpoint"), ("--gates", "shut"), ("--keep", "1"), ("--prune", "aligned"),
+    ("--accumulate", 7), ("--method", "lora", "--as-authors"), ("--method", "prompt", "--as-authors"), ("--method", "full", "--freeze", 3)], ids=str)
+def test_each_kind_of_run_on_pictures_loads_back_to_its_logits(argv, tmp_path, monkeypatch, more):
+    evaluated = spy(monkeypatch, train, "evaluate")
+    train.main(argv("--max-steps", 2, *more))
+    model, batch = train.load(tmp_path / "run")[0], tasks.collate([row(1, 1, 1.0), row(2, 3, 1.0)], Drawn())
+    with torch.no_grad():
+        assert torch.equal(model(*batch[:4], batch.images), evaluated[-1][0].eval()(*batch[:4], batch.images))
+
+
+@pytest.fixture
+def asked(argv, tmp_path, monkeypatch):
+    """A run with a tower named by a relative path, and where that lies."""
+    tower = shutil.copytree(TOWER, tmp_path / "tower")
+    monkeypatch.chdir(tmp_path)
+    train.main(argv("--max-steps", 1, "--clip", "tower"))
+    return tmp_path / "run", tower
+
+
+@reported
+def test_a_run_finds_its_clip_from_any_folder(asked, monkeypatch):
+    monkeypatch.chdir("/")
+    train.load(asked[0])
+
+
+@reported
+def test_a_run_is_not_asked_with_another_clip(asked):
+    run, tower = asked
+    save_file({name: tensor + 1e-3 for name, tensor in load_file(tower / "model.safetensors").items()}, tower / "model.safetensors")
+    with pytest.raises(ValueError, match="tower"):
+        train.load(run)
+
+
+@pytest.mark.parametrize("change", [{"clip": "gone"}, *(pytest.param(change, marks=reported) for change in (
+    {"clip": None}, {"clip": 5}, {"clip": []}, {"blank": None}, {"blank": "no"}, {"clip_sha256": None}))], ids=str)
+def test_a_run_with_a_wrong_word_about_pictures_inside_is_refused(joint, tmp_path, monkeypatch, capsys, change):
+    """None: the key is missing."""
+    config = {name: value for name, value in (joint.results["config"] | change).items() if value is not None or name not in change}
+    save_file(weights(joint.out), tmp_path / "trained.safetensors", metadata={"config": json.dumps(config)})
+    monkeypatch.setattr(images, "read_image", lambda path: torch.zeros(4, 4, 3, dtype=torch.uint8))
+    refused(capsys, ["--out", str(tmp_path), "--task", "vqa", "--predict", "what is it?", "--image", "a.png"])
 
 
 def picture(path, key="test-0", size=None, mode="RGB", **how):
@@ -500,7 +572,8 @@ def test_a_picture_file_is_asked_about_as_in_the_test(joint, tmp_path, monkeypat
 
 
 @needs_pillow
-@pytest.mark.parametrize("name, how", [("cmyk.jpg", {"mode": "CMYK"}), ("grey.png", {"mode": "L"}), ("one.png", {"size": (1, 1)}), ("rgba.png", {"mode": "RGBA"})])
+@pytest.mark.parametrize("name, how", [("cmyk.jpg", {"mode": "CMYK"}), ("grey.png", {"mode": "L"}), ("one.png", {"size": (1, 1)}),
+                                       ("rgba.png", {"mode": "RGBA"})])
 def test_every_kind_of_picture_is_answered(joint, tmp_path, capsys, name, how):
     train.main(predict(joint, "vqa", "what is it?", picture(tmp_path / name, **how)))
     assert capsys.readouterr().out.count("\n") == 1
@@ -535,9 +608,9 @@ def test_what_is_no_picture_is_one_line_that_names_the_file(joint, tmp_path, mon
 
 def test_the_wrong_number_of_pictures_is_one_line(joint, tmp_path, capsys):
     before = contents(joint.out)
-    for task, text, files, words in (("vqa", "what is it?", 0, ("vqa", "--image FILE")), ("vqa", "what is it?", 2, ("a picture",)), ("coco", "", 0, ("coco",)),
-                                     ("nlvr2", "a star.", 1, ("nlvr2", "two pictures", "--image FILE FILE")), ("nlvr2", "a star.", 3, ("two",)), ("nlvr2", "", 0, ("two",))):
-        refused(capsys, predict(joint, task, text, *[tmp_path / "a.png"] * files), *words)
+    for task, files, words in (("vqa", 0, ("vqa", "--image FILE")), ("vqa", 2, ("a picture",)), ("coco", 0, ("coco",)),
+                               ("nlvr2", 1, ("nlvr2", "two pictures", "--image FILE FILE")), ("nlvr2", 3, ("two",)), ("nlvr2", 0, ("two",))):
+        refused(capsys, predict(joint, task, "a star.", *[tmp_path / "a.png"] * files), *words)
     assert contents(joint.out) == before
 
 
@@ -550,7 +623,8 @@ def test_a_joint_run_is_asked_about_one_of_its_tasks(joint, tmp_path, capsys):
 
 
 def test_a_run_on_texts_has_no_picture(backbone, glue, tmp_path, capsys):
-    line = ["--task", "sst2", "--model", str(backbone), "--data", str(glue), "--out", str(tmp_path / "run"), "--max-steps", "1", "--init", "random", "--device", "cpu"]
+    line = ["--task", "sst2", "--model", str(backbone), "--data", str(glue), "--out", str(tmp_path / "run"), "--max-steps", "1", "--init", "random",
+            "--device", "cpu"]
     for more in (("--blank",), ("--clip", str(TOWER)), ("--image", "a.png")):
         refused(capsys, [*line, *more], more[0])
     assert not (tmp_path / "run").exists()
@@ -559,10 +633,12 @@ def test_a_run_on_texts_has_no_picture(backbone, glue, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("more, words", [
-    (("--task", "vqa,sst2"), ("with and without pictures",)), (("--task", "vqa+sst2"), ("vqa+sst2", "pictures")), (("--task", "sst2+vqa"), ("sst2+vqa", "pictures")),
-    (("--task", "vqa+vqa"), ("vqa", "twice")), (("--task", "vqa+nope"), ("nope", "no task")), (("--task", "vqa+"), ("no task",)), (("--task", "vqa,vqa"), ("twice",)),
-    (("--image", "a.png"), ("--image", "--predict")), (("--clip", "nowhere"), ("nowhere", "nano")), (("--data", "nowhere"), ("nowhere", "karpathy_train.json")),
-    (("--task", "easy-vqa"), ("easy-vqa", "--data")), (("--r", "3"), ("3", "[1, 2, 4, 8]"))], ids=lambda part: " ".join(part) if part[0].startswith("--") else "")
+    (("--task", "vqa,sst2"), ("with and without pictures",)), (("--task", "vqa+sst2"), ("vqa+sst2", "pictures")),
+    (("--task", "sst2+vqa"), ("sst2+vqa", "pictures")), (("--task", "vqa+vqa"), ("vqa", "twice")), (("--task", "vqa,vqa"), ("twice",)),
+    (("--task", "vqa+nope"), ("nope", "no task")), (("--task", "vqa+"), ("no task",)), (("--task", "easy-vqa"), ("easy-vqa", "--data")),
+    (("--image", "a.png"), ("--image", "--predict")), (("--clip", "nowhere"), ("nowhere", "nano")),
+    (("--data", "nowhere"), ("nowhere", "karpathy_train.json")), (("--r", "3"), ("3", "[1, 2, 4, 8]"))],
+    ids=lambda part: " ".join(part) if part[0].startswith("--") else "")
 def test_a_wrong_argument_about_pictures_is_one_line(argv, tmp_path, capsys, more, words):
     refused(capsys, argv(*more), *words)
     assert not (tmp_path / "run").exists()
@@ -600,14 +676,26 @@ def test_a_damaged_picture_ends_the_run_and_replaced_it_goes_on_from_the_feature
     assert train.main(["--out", str(tmp_path / "run"), "--predict", "is it red?", "--image", str(files[0])])["text"] == capsys.readouterr().out[:-1]
 
 
+@reported
 @needs_pillow
-def test_pictures_of_two_folders_do_not_share_features(argv, tmp_path, shown):
+def test_easy_vqas_train_and_test_folders_lie_side_by_side(tmp_path):
+    """As they come; both have pictures 0, 1, 2, ..., and the questions that are read are those of train."""
+    for part in ("train", "test"):
+        put(tmp_path / part, "questions.json", [["is it red?", ("no", "yes")[i % 2], i] for i in range(10)])
+        for i in range(10):
+            picture(tmp_path / part / "images" / f"{i}.png", f"{part}-{i}")
+    tasks.look({"easy-vqa": data_vl.load("easy-vqa", tmp_path)}, str(TOWER), "cpu")
+
+
+@needs_pillow
+def test_pictures_of_two_folders_do_not_share_features(tmp_path, shown):
     for name, first in (("one", 0), ("two", 10)):
         folder = put(tmp_path / name / "easy", "questions.json", [["is it red?", ("no", "yes")[i % 2], i] for i in range(10)])
         for i in range(10):
             picture(folder / "images" / f"{i}.png", f"train-{first + i}")
-        train.main(argv("--task", "easy-vqa", "--data", folder, "--max-steps", 1, "--out", tmp_path / f"run-{name}"))
-    assert shown.counts == [10, 10]
+    datasets = {name: {"easy-vqa": data_vl.load("easy-vqa", tmp_path / name / "easy")} for name in ("one", "two")}
+    one, two, again = (tasks.look(datasets[name], str(TOWER), "cpu").lookup([(str(i),) for i in range(10)]) for name in ("one", "two", "one"))
+    assert shown.counts == [10, 10] and torch.equal(one, again) and not torch.equal(one, two)
 
 
 # ------------------------------------------------------------------------------------------------------------- processes
@@ -625,7 +713,7 @@ def child(argv, cache, die_at=None):
         return replace(*arguments)
 
     os.replace = deadly
-    with contextlib.redirect_stdout(sys.stderr):
+    with open(cache.with_suffix(".said"), "a") as said, contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
         train.main(argv)
 
 
@@ -643,7 +731,7 @@ def test_killed_at_each_rename_it_goes_on_to_the_same_end(argv, tmp_path):
     same = ("--task", "vqa+nlvr2", "--max-steps", 9, "--save-steps", 3)
     assert run(argv(*same, "--out", tmp_path / "straight"), tmp_path / "cache") == 0
     shards = []
-    for number in range(1, 100):
+    for number in (1, 2, 3, *range(4, 100, 3)):
         line, cache = argv(*same, "--out", tmp_path / f"run{number}", "--resume"), tmp_path / f"cache{number}"
         code = run(line, cache, number)
         if code == 0:
@@ -651,7 +739,7 @@ def test_killed_at_each_rename_it_goes_on_to_the_same_end(argv, tmp_path):
         shards.append(len(list(cache.rglob("shard-*.safetensors"))))
         assert code == -signal.SIGKILL and run(line, cache) == 0
         assert what_counts(tmp_path / f"run{number}") == what_counts(tmp_path / "straight"), number
-    assert shards[:4] == [0, 1, 2, 3] and len(shards) > 9, "three renames for the features of 18 pictures, the others for the run"
+    assert shards[:4] == [0, 1, 2, 3] and len(shards) > 6, "three renames for the features of 18 pictures, the others for the run"
 
 
 @pytest.mark.slow
