@@ -278,7 +278,8 @@ def result_of(arguments, folder):
 
 
 @pytest.mark.parametrize("arguments", [
-    ["--as-published", "--method", "lora"], ["--table", "3", "--method", "lora"], ["--sweep", "length", "--method", "lst"], ["--explain"], [*SMALL, *FEW, "--time", "--rounds", "1"],
+    ["--as-published", "--method", "lora"], ["--table", "3", "--method", "lora"], ["--sweep", "length", "--method", "lst"], ["--explain"],
+    [*SMALL, *FEW, "--time", "--rounds", "1"],
     *(pytest.param(more, marks=pytest.mark.slow) for more in (
         ["--method", "prompt", "--batch-size", "1000000000", "--source-length", "10000"], ["--sweep", "batch"], ["--sweep", "r"], ["--sweep", "keep"],
         [*SMALL, "--fits", "1", "--method", "lst", "--source-length", "4000"]))], ids=" ".join)
