@@ -30,8 +30,9 @@ from model import brief, locate, weight_files
 FILES = ("state.safetensors", "results.json", "results.md", "trained.safetensors", "metrics.jsonl", "config.json")
 # what `train.load` takes from a run's config
 NEEDED = {"task": str, "model": str, "method": str, "prompts": str, "dtype": str, "gates": str, "backbone_sha256": str, "r": int, "keep": (list, type(None)),
-          "as_authors": bool, "freeze": int, "checkpoint": bool, "clip": str, "blank": bool, "dropout": (float, type(None))}
-LATER = {"as_authors": False, "freeze": 0, "checkpoint": False, "clip": "nano", "blank": False, "dropout": None}  # what a run of the first version, which did not have them, stands for
+          "as_authors": bool, "freeze": int, "checkpoint": bool, "clip": str, "clip_sha256": str, "blank": bool, "dropout": (float, type(None))}
+# what a run of an earlier version, which did not have them, stands for
+LATER = {"as_authors": False, "freeze": 0, "checkpoint": False, "clip": "nano", "clip_sha256": "", "blank": False, "dropout": None}
 
 
 # ---------------------------------------------------------------------------------------------------------------- folder
@@ -272,7 +273,7 @@ def check_same(out: Path, config: dict) -> None:
     if "seeds" in config:
         return
     changed = [f"{name.replace('_', ' ')} was {str(was.get(name))[:24]}, is {str(value)[:24]}" for name, value in config.items()
-               if name not in ("model", "data") and was.get(name) != value]
+               if name not in ("model", "clip", "data") and was.get(name) != value]
     if changed:
         raise ValueError(f"{out} cannot go on, because the run in it was asked for with other arguments: {'; '.join(changed)}; "
                          "give the same ones, or --overwrite")

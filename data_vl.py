@@ -74,6 +74,7 @@ def load(task_name: str, folder: str | Path | None) -> Dataset:
     for part, what in zip(parts, ("training", "validation", "test")):
         if not part:
             raise ValueError(f"{home} has no {what} rows of {task.name}; put the official files there")
+    folder = home if (home / "images").is_dir() else folder  # where the pictures are looked for
     return Dataset(*parts, name, folder, sha256_of(*paths, *extra), skipped, fallback=None)
 
 

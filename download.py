@@ -42,7 +42,7 @@ def one_at_a_time(folder: Path) -> Iterator[None]:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                print(f"waiting for another run that downloads into {folder}", file=sys.stderr, flush=True)
+                print(f"waiting for another run that fills {folder}", file=sys.stderr, flush=True)
                 fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 

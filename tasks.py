@@ -6,7 +6,7 @@ One run learns one task, or several at once that are joined by "+", as the CLIP-
 """
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -36,21 +36,24 @@ def encode(task: str, examples: Sequence, tokenizer: Tokenizer) -> list:
     return data_vl.encode(task, examples, tokenizer) if task in data_vl.TASKS else data.encode(examples, tokenizer)
 
 
+def pictures_of(dataset: data.Dataset) -> tuple[list[str], Callable[[str], Tensor]]:
+    """The keys of all its pictures, and what reads one, uint8 (H, W, 3).  ValueError if one is missing."""
+    keys = sorted({key for part in (dataset.train, dataset.val, dataset.test) for example in part for key in example.images})
+    if dataset.name == "scenes":
+        return keys, lambda key: torch.from_numpy(scenes.draw(scenes.scene_of(key)))
+    paths = images.find_images(dataset.folder, keys)
+    return keys, lambda key: images.read_image(paths[key])
+
+
 def look(datasets: dict[str, data.Dataset], clip: str, device: str) -> images.Features:
-    """What the frozen CLIP sees in all pictures of the tasks: computed once, kept in a folder for each CLIP and origin of pictures."""
+    """What the frozen CLIP sees in all pictures of the tasks: computed once, kept in a folder for each CLIP and origin of pictures.
+    A picture that is replaced under its name is not looked at again."""
     tower, sha256, found = load_clip(clip, device=device), sha256_of_clip(clip), images.Features()
     for dataset in datasets.values():
-        keys = sorted({key for part in (dataset.train, dataset.val, dataset.test) for example in part for key in example.images})
-        drawn = dataset.name == "scenes"
-        origin = "scenes" if drawn else str(Path(dataset.folder).resolve())
-        paths = {} if drawn else images.find_images(dataset.folder, keys)
-
-        def read(key: str) -> Tensor:
-            return images.read_image(paths[key]) if paths else torch.from_numpy(scenes.draw(scenes.scene_of(key)))
-
-        folder = images.CACHE / f"{Path(origin).name}-{hashlib.sha256(origin.encode()).hexdigest()[:8]}-{sha256[:12]}"
-        more = images.features(tower, read, keys, folder, made_by=f"{sha256} {dataset.sha256 if drawn else origin}",
-                               size=tower.config.image_size, device=device)
+        keys, read = pictures_of(dataset)
+        origin = f"scenes {dataset.sha256}" if dataset.name == "scenes" else str(Path(dataset.folder).resolve())
+        folder = images.CACHE / f"{Path(dataset.folder).resolve().name}-{hashlib.sha256(origin.encode()).hexdigest()[:8]}-{sha256[:12]}"
+        more = images.features(tower, read, keys, folder, made_by=f"{sha256} {origin}", size=tower.config.image_size, device=device)
         found.where, found.shape = found.where | more.where, more.shape
     return found
 

@@ -18,6 +18,7 @@ import os
 import random
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +43,7 @@ from report import guarded, say
 from side import LadderT5
 from tasks import TASKS
 
-NO_CONFIG = ("out", "overwrite", "resume", "predict", "save_steps", "seeds", "command")  # may differ when a run goes on
+NO_CONFIG = ("out", "overwrite", "resume", "predict", "image", "save_steps", "seeds", "command")  # may differ when a run goes on
 
 
 # ----------------------------------------------------------------------------------------------------------------- model
@@ -71,7 +72,7 @@ def initialize(ladder: LadderT5, args: argparse.Namespace, rows: tasks.Rows) -> 
     if args.init == "magnitude":
         prune.init_side(ladder, prune.magnitude(ladder.backbone), args.prune)
     elif args.init == "fisher":
-        each = [(task, row) for task, of_task in rows.items() for row in of_task]
+        each = [(task, row) for task, of_task in rows.items() for row in of_task if getattr(row, "answers", True)]  # VQA has questions without one
         order = torch.randperm(len(each), generator=torch.Generator().manual_seed(args.seed)).tolist()[: args.fisher_samples]
         progress = report.Progress("Fisher information, sample", len(order))
 
@@ -138,7 +139,7 @@ def evaluate(model: nn.Module, tokenizer: Tokenizer, args: argparse.Namespace, p
             batch = to_device(tasks.collate([rows[i] for i in indices], features), args.device)
             texts |= zip(indices, tasks.answer(model, tokenizer, batch, task))
         texts = distributed.gather(texts)
-        if len(set(texts.values())) == 1 and len({tuple(row.target) for row in rows}) > 1:
+        if len(set(texts.values())) == 1 and not (features and features.hidden) and len({tuple(row.target) for row in rows}) > 1:
             say(f"warning: every answer is {texts[0]!r}: the model has learned nothing yet, or the learning rate {args.lr} is too high")
         scores[task] = tasks.score(task, [texts[i] for i in range(len(examples))], examples, args.prompts)
     model.train(was_training)
@@ -152,6 +153,8 @@ def load(folder: str | Path, device: str = "cpu") -> tuple[nn.Module, Tokenizer]
         raise ValueError(f"{folder} holds a run of method {args.method!r} on task {args.task!r} with prompts {args.prompts!r}, which are not known here")
     if (found := sha256_of_backbone(args.model)) != args.backbone_sha256:
         raise ValueError(f"the backbone {args.model} is not the one of {folder}: sha256 {found[:12]}..., was {args.backbone_sha256[:12]}...")
+    if tasks.has_pictures(args.task) and (found := sha256_of_clip(args.clip)) != args.clip_sha256:
+        raise ValueError(f"the image tower {args.clip} is not the one of {folder}: sha256 {found[:12]}..., was {args.clip_sha256[:12]}...")
     model = build(args)
     load_trained(folder, model)
     return model.eval(), load_tokenizer(args.model)
@@ -165,9 +168,10 @@ def predict(args: argparse.Namespace) -> dict:
     names, wanted = run.task.split("+"), args.task or run.task.split("+")
     if len(wanted) > 1 or wanted[0] not in names:
         raise ValueError(f"the run in {args.out} has learned {', '.join(names)}: --task says which of them --predict is about")
-    task, [task_images] = wanted[0], [2 if wanted[0] == "nlvr2" else int(tasks.has_pictures(wanted[0]))]
-    if len(args.image or []) != task_images:
-        raise ValueError(f"{task} asks about {['no picture: leave --image out', 'a picture: give --image FILE', 'two pictures: give --image FILE FILE'][task_images]}")
+    task = wanted[0]
+    number = 2 if task == "nlvr2" else int(tasks.has_pictures(task))
+    if len(args.image or []) != number:
+        raise ValueError(f"{task} asks about {('no picture: leave --image out', 'a picture: give --image FILE', 'two pictures: give --image FILE FILE')[number]}")
     if not args.predict.isascii() and args.predict != args.predict.encode("utf-8", "ignore").decode():
         raise ValueError(f"--predict takes UTF-8 text, given was {args.predict[:40]!r}")
     pictures = [images.read_image(path) for path in args.image or []]
@@ -210,11 +214,9 @@ def train(args: argparse.Namespace, out: Path) -> dict:
         say(data.banner(dataset.fallback))
     if distributed.agree(dataset.sha256) != dataset.sha256:  # one process may have had no network
         raise ValueError("the processes have read different data; give --data with a folder that all of them see")
-    rows = {task: tasks.encode(task, part.train[: args.max_train_rows], tokenizer) for task, part in datasets.items()}
+    datasets = {task: replace(part, train=part.train[: args.max_train_rows]) for task, part in datasets.items()}
+    rows = {task: tasks.encode(task, part.train, tokenizer) for task, part in datasets.items()}
     val, test = ({task: getattr(part, name) for task, part in datasets.items()} for name in ("val", "test"))
-    features = tasks.look(datasets, args.clip, args.device) if pictures else None
-    if args.blank:
-        features.hidden = True
     settle(args, rows, sample=dataset.name == "bundled-sample")
 
     with torch.device("meta"):
@@ -234,8 +236,9 @@ def train(args: argparse.Namespace, out: Path) -> dict:
     # what was asked for; a run that goes on is asked for the same
     config = {name: value for name, value in vars(args).items() if name not in NO_CONFIG}
     config |= {"processes": distributed.processes(), "device": args.device.partition(":")[0]}
-    if args.model != "nano" and Path(args.model).is_dir():
-        config["model"] = str(Path(args.model).resolve())
+    for name in ("model", "clip"):
+        if config[name] != "nano" and Path(config[name]).is_dir():
+            config[name] = str(Path(config[name]).resolve())
     config |= {"backbone_sha256": sha256_of_backbone(args.model), "data_sha256": dataset.sha256}
     config |= {"clip_sha256": sha256_of_clip(args.clip)} if pictures else {}
     about = {"command": args.command, "versions": report.versions(), "hardware": report.hardware(args.device)}
@@ -247,6 +250,10 @@ def train(args: argparse.Namespace, out: Path) -> dict:
         (out / "state.safetensors").unlink(missing_ok=True)
         say(f"the run in {out} has ended, nothing is left to do")
         return results
+
+    features = tasks.look(datasets, args.clip, args.device) if pictures else None
+    if args.blank:
+        features.hidden = True
 
     # where it begins
     optimizer = torch.optim.AdamW(trainable(model).values(), lr=args.lr, eps=args.epsilon, weight_decay=args.weight_decay, fused=True)
@@ -358,7 +365,9 @@ def several(args: argparse.Namespace, out: Path) -> dict:
     config, runs = {"task": args.task, "seeds": args.seeds}, []
     load_tokenizer(args.model)
     for task in args.task:  # what is missing is said now, and not when the days of the first task have passed
-        tasks.load(task, args.data, args.prompts)
+        for dataset in tasks.load(task, args.data, args.prompts).values():
+            if tasks.has_pictures(task):
+                tasks.pictures_of(dataset)
     if distributed.agree(args.resume and (out / "config.json").exists()):
         checkpoint.check_same(out, config)
     elif distributed.rank() == 0:
