@@ -25,14 +25,17 @@ Rows = dict[str, list]  # task -> encoded examples
 
 
 def has_pictures(names: str) -> bool:
+    """Of a task, or of several that are joined by "+": these are all about pictures."""
     return names.partition("+")[0] in data_vl.TASKS
 
 
 def load(names: str, folder: str | Path | None, prompts: str) -> dict[str, data.Dataset]:
+    """Each task's examples, from the folder or from where they are when None is given.  ValueError of one line, as of data.load and data_vl.load."""
     return {task: data_vl.load(task, folder) if task in data_vl.TASKS else data.load(task, folder, prompts) for task in names.split("+")}
 
 
 def encode(task: str, examples: Sequence, tokenizer: Tokenizer) -> list:
+    """Token ids of sources and targets: data.Row, or data_vl.Question with several answers."""
     return data_vl.encode(task, examples, tokenizer) if task in data_vl.TASKS else data.encode(examples, tokenizer)
 
 
@@ -76,6 +79,7 @@ def batch_size(task: str, names: str, size: int) -> int:
 
 
 def epoch_steps(rows: Rows, size: int) -> int:
+    """Steps in which every row of every task comes once."""
     return sum(math.ceil(len(of_task) / batch_size(task, "+".join(rows), size)) for task, of_task in rows.items())
 
 
@@ -91,6 +95,7 @@ def draw(task: str, rows: list, seed: int, step: int) -> list[data.Row]:
 
 
 def collate(rows: Sequence[data.Row], features: images.Features | None) -> data.Batch:
+    """Padded text, and with it what CLIP saw in the pictures."""
     batch = data.collate(rows)
     return batch if features is None else batch._replace(images=features.lookup([row.images for row in rows]))  # (B, N, P, C)
 
@@ -110,6 +115,7 @@ def answer(model: nn.Module, tokenizer: Tokenizer, batch: data.Batch, task: str)
 
 
 def score(task: str, texts: Sequence[str], examples: Sequence, prompts: str) -> dict[str, float | int]:
+    """The task's metrics of generated answers, in percent."""
     return data_vl.score(task, texts, examples) if task in data_vl.TASKS else data.score(task, texts, examples, prompts)
 
 
