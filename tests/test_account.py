@@ -335,7 +335,7 @@ def test_the_operations_of_a_toy_are_the_hand_counted_ones():
     assert account.flops(toy, batch) == 3 * sum(products) - products[0]  # nobody asks for the first input's gradient
 
 
-@each_attention
+@pytest.mark.parametrize("attention", [pytest.param("eager", marks=pytest.mark.slow), "fused"])
 def test_checkpointing_costs_lora_a_second_forward_pass_and_the_ladder_a_small_one(attention):
     batch, sizes = make_batch(4, 64, 2, V), dict(d_model=128, d_ff=512, d_kv=32, attention=attention)
     lora, lora_again, ladder, ladder_again = (account.flops(build(method, checkpoint=checkpoint, **sizes), batch) for method in ("lora", "lst") for checkpoint in (False, True))
