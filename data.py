@@ -1,6 +1,6 @@
 """GLUE: official files -> text pairs -> token ids -> batches (Sec. 4, "Training and Evaluation Setup").
 
-    rows of <folder>/train.tsv, dev.tsv --load--> Example(source, target, label) --encode--> (source_ids, target_ids)
+    rows of <folder>/train.tsv, dev.tsv --load--> Example(source, target, label) --encode--> Row of token ids
         --batches, in_order--> lists of indices --collate--> Batch of padded tensors
 
 The split is the paper's: it has no test labels, so the official validation set serves as the test set and the
@@ -88,9 +88,9 @@ class Dataset:
     train: list[Example]
     val: list[Example]
     test: list[Example]
-    name: str               # "glue" or "bundled-sample"
+    name: str               # "glue", "bundled-sample", "scenes", "easy-vqa", ...
     folder: Path            # of the files
-    sha256: str             # of the files' bytes, one after the other
+    sha256: str             # of the bytes of the files, or of scenes.py
     skipped: int            # rows left out: malformed, or without a label
     fallback: str | None    # why the bundled sample stands in for SST-2, if it does
 

@@ -80,7 +80,7 @@ def load(task_name: str, folder: str | Path | None) -> Dataset:
 
 def of_scenes(task: Task) -> Dataset:
     if task.name not in ("vqa", "gqa", "nlvr2", "coco"):
-        raise ValueError(f"{task.name} needs --data, the folder of its files")
+        raise ValueError(f"{task.name} needs --data, the folder of its questions.json and pictures; vqa, gqa, nlvr2 and coco do without")
 
     def examples(row: scenes.Row, part: str) -> list[Example]:
         answers = [row.answer] if isinstance(row.answer, str) else row.answer
@@ -327,7 +327,7 @@ def draw(questions: Sequence[Question], seed: int, step: int) -> list[Row]:
 def score(task_name: str, texts: Sequence[str], examples: Sequence[Example]) -> dict[str, float | int]:
     """The task's metric in percent: VQA's accuracy (where the ten answers are not there, the weight of the given one), exact match, or CIDEr-D.
 
-    Paper: Table 3 gives CIDEr times 100, as here.
+    CIDEr too is times 100, as in Table 3.
     """
     if task_name == "coco":
         value = {"cider": 100 * cider_d(texts, [list(example.references) for example in examples]),

@@ -84,6 +84,7 @@ def read_image(path: str | Path) -> Tensor:
     except UnidentifiedImageError:
         raise ValueError(f"{path} is damaged or no picture of the kinds {', '.join(FORMATS)}") from None
     except Exception as error:  # Pillow has a dozen kinds for a damaged file
+        error = getattr(error, "strerror", None) or error  # without the file's name again
         raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())[:200] or type(error).__name__}") from None
 
 

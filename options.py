@@ -32,14 +32,14 @@ NANO_LR = {"bitfit": 1e-2}  # Paper: 3e-4, with which biases alone learn nothing
 def parse(argv: Sequence[str] | None, description: str) -> argparse.Namespace:
     parser = Parser(description)
     what = parser.add_argument_group("what to train")
-    what.add_argument("--task", type=tasks, help=f"one of {', '.join(TASKS)}; several as a list, the first eight as `glue`")
+    what.add_argument("--task", type=runs_of, help=f"one of {', '.join(TASKS)}; several as a list, the first eight as `glue`; tasks about pictures joined by + are learned together")
     what.add_argument("--model", default="nano", help=f"frozen backbone: nano (bundled, the default), {', '.join(PUBLIC)}, or a folder")
     what.add_argument("--method", default="lst", choices=METHODS, help="lst: the ladder side network (default); the others: baselines.py")
     what.add_argument("--data", help="folder of the official GLUE folders, or `sample` for the bundled sentences; default: download; of pictures: "
                       "folder of the task's files; default: drawn scenes")
     what.add_argument("--prompts", default="paper", choices=PROMPTS, help="the authors' prompts with digits as answers (default), or T5's with words")
     what.add_argument("--clip", default="nano", help=f"image tower: nano (bundled, the default), {', '.join(CLIP_PUBLIC)}, or a folder")
-    what.add_argument("--blank", action="store_true", help="hide the pictures: what the questions alone tell")
+    what.add_argument("--blank", action="store_true", help="train and test with the pictures hidden: what the questions alone tell")
     what.add_argument("--max-train-rows", type=positive, help="use only the first so many training rows")
     ladder = parser.add_argument_group("the ladder (Sec. 3)")
     ladder.add_argument("--r", "--reduction", type=positive, help="reduction factor (default 8, with pictures 4); behind torchrun, which takes --r for an option of its own, write --reduction")
@@ -57,7 +57,7 @@ def parse(argv: Sequence[str] | None, description: str) -> argparse.Namespace:
     run.add_argument("--batch-size", type=positive, help="of all processes together")
     run.add_argument("--accumulate", type=positive, default=1, help="passes that a batch is cut into: less memory, the same gradient")
     run.add_argument("--lr", type=float, help="peak learning rate")
-    run.add_argument("--dropout", type=float, help="of what trains (default: the backbone's 0.1; 0 for pictures with nano)")
+    run.add_argument("--dropout", type=float, help="in what trains (default: the backbone's 0.1; with pictures beside nano 0)")
     run.add_argument("--warmup-steps", type=whole, help="steps in which the learning rate rises from 0")
     run.add_argument("--seed", type=whole, help="of order, dropout and random weights (default 0)")
     run.add_argument("--seeds", type=seeds, help="several runs, for mean and deviation: 0,1,2")
@@ -101,6 +101,12 @@ def parse(argv: Sequence[str] | None, description: str) -> argparse.Namespace:
         parser.error(f"dropout is {args.dropout}, it must be a number from 0 to below 1")
     if args.predict is not None and args.seeds:
         parser.error("--predict asks the run in --out, which knows its seed: leave out --seeds")
+    if args.predict is not None and (args.blank or args.clip != "nano"):
+        parser.error("--predict asks the run in --out, which knows its image tower and whether pictures are hidden: leave out --clip and --blank")
+    if "" in (args.clip, args.data):
+        parser.error("--clip or --data is empty: name a folder, or leave it out")
+    if any(pictures) and (args.prompts != "paper" or args.data == "sample"):
+        parser.error("--prompts t5 and --data sample are for texts: leave them out; without --data the pictures are drawn scenes")
     if args.out == "":
         parser.error("--out is empty: name a folder, or leave it out")
     if args.lr is not None and not (args.lr > 0 and math.isfinite(args.lr)):
@@ -108,18 +114,19 @@ def parse(argv: Sequence[str] | None, description: str) -> argparse.Namespace:
     args.out = args.out and os.path.expanduser(args.out)
     args.model = "nano" if Path(args.model).resolve() == NANO else args.model
     if args.dropout is None and args.model == "nano" and any(pictures):
-        args.dropout = 0.0  # Paper: 0.1.  The side network beside nano is 64 wide, and a run of minutes does not overfit
+        args.dropout = 0.0  # Paper: 0.1.  A run of minutes beside nano does not overfit, and without it learns sooner to look
     args.seeds = args.seeds or [args.seed or 0]
     args.command = shlex.join(["python", "train.py", *(sys.argv[1:] if argv is None else argv)])
     return args
 
 
-def tasks(text: str) -> list[str]:
-    runs = list(data.TASKS) if text == "glue" else [name.strip() for name in text.split(",")]
+def runs_of(text: str) -> list[str]:
+    """--task's text -> a run each: "vqa, gqa+coco" -> ["vqa", "gqa+coco"].  What + joins is learned together."""
+    runs = list(data.TASKS) if text == "glue" else ["+".join(name.strip() for name in run.split("+")) for run in text.split(",")]
     for run in runs:
         names = run.split("+")
         for name in names:
-            if name not in TASKS or names.count(name) > 1 or runs.count(run) > 1:
+            if name not in TASKS or names.count(name) > 1 or [sorted(other.split("+")) for other in runs].count(sorted(names)) > 1:
                 wrong = "is there twice" if name in TASKS else "is no task"
                 raise argparse.ArgumentTypeError(f"{name[:20]!r} {wrong}; choose from {', '.join(TASKS)}, or glue")
             if len(names) > 1 and not has_pictures(name):

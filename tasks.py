@@ -25,7 +25,7 @@ Rows = dict[str, list]  # task -> encoded examples
 
 
 def has_pictures(names: str) -> bool:
-    """Of a task, or of several that are joined by "+": these are all about pictures."""
+    """Is this task, or are these tasks joined by "+", about pictures?"""
     return names.partition("+")[0] in data_vl.TASKS
 
 
@@ -73,19 +73,19 @@ def joined(datasets: dict[str, data.Dataset]) -> data.Dataset:
 
 # ----------------------------------------------------------------------------------------------------------- in training
 
-def batch_size(task: str, names: str, size: int) -> int:
-    """Rows of a step of this task, where a step of VQA, or of a task alone, has `size`."""
-    return max(1, round(size * data_vl.TASKS[task].share)) if "+" in names else size
+def batch_size(task: str, size: int, joint: bool) -> int:
+    """Rows of a step of this task: `size`, or beside other tasks its share, where VQA's is `size`."""
+    return max(1, round(size * data_vl.TASKS[task].share)) if joint else size
 
 
 def epoch_steps(rows: Rows, size: int) -> int:
     """Steps in which every row of every task comes once."""
-    return sum(math.ceil(len(of_task) / batch_size(task, "+".join(rows), size)) for task, of_task in rows.items())
+    return sum(math.ceil(len(of_task) / batch_size(task, size, len(rows) > 1)) for task, of_task in rows.items())
 
 
 def batches(rows: Rows, size: int, seed: int, epoch: int) -> list[tuple[str, list]]:
     """An epoch's steps: each of one task, with its rows."""
-    order = data_vl.multitask({task: data.batches(of_task, batch_size(task, "+".join(rows), size), seed, epoch) for task, of_task in rows.items()}, epoch)
+    order = data_vl.multitask({task: data.batches(of_task, batch_size(task, size, len(rows) > 1), seed, epoch) for task, of_task in rows.items()}, epoch)
     return [(task, [rows[task][i] for i in indices]) for task, indices in order]
 
 

@@ -1,4 +1,4 @@
-"""Train a ladder side network, or what the paper compares it with, on a GLUE task, then test it (Sec. 4).
+"""Train a ladder side network, or what the paper compares it with, on GLUE or on tasks about pictures, then test it (Sec. 4).
 
     python train.py --task sst2                                        # the bundled backbone, minutes on a laptop
     python train.py --task rte --model t5-base --keep 1,2,3,5,6,7,9,10,11    # Table 1's LST row
@@ -6,6 +6,8 @@
     python train.py --task rte --model t5-base --method lora
     torchrun --nproc-per-node 4 train.py --task mnli --model t5-large
     python train.py --out runs/sst2-lst-0 --predict "a gripping , beautifully acted film"
+    python train.py --task vqa                                         # questions about drawn pictures
+    python train.py --out runs/vqa-lst-0 --predict "what color is the star?" --image picture.png
 
 A run's folder holds config.json, metrics.jsonl, results.json and trained.safetensors (what was trained, and nothing else); of several
 runs each has a folder in it, beside their results.json and results.md.
@@ -171,10 +173,12 @@ def predict(args: argparse.Namespace) -> dict:
     task = wanted[0]
     number = 2 if task == "nlvr2" else int(tasks.has_pictures(task))
     if len(args.image or []) != number:
-        raise ValueError(f"{task} asks about {('no picture: leave --image out', 'a picture: give --image FILE', 'two pictures: give --image FILE FILE')[number]}")
+        raise ValueError(f"{task} asks about {('no picture: leave --image out', 'a picture: give --image FILE', 'two pictures: give --image FILE FILE')[number]}; {len(args.image or [])} given")
     if not args.predict.isascii() and args.predict != args.predict.encode("utf-8", "ignore").decode():
         raise ValueError(f"--predict takes UTF-8 text, given was {args.predict[:40]!r}")
-    pictures = [images.read_image(path) for path in args.image or []]
+    if (task == "coco") != (not args.predict.strip()):
+        raise ValueError("coco describes a picture without being asked: give --predict \"\"" if task == "coco" else "--predict is empty: give it a text")
+    pictures = [images.read_image(os.path.expanduser(path)) for path in args.image or []]
     model, tokenizer = load(args.out, args.device)
     if pictures:
         example = data_vl.Example(data_vl.TASKS[task].prompt + args.predict, {}, ())
@@ -229,7 +233,7 @@ def train(args: argparse.Namespace, out: Path) -> dict:
     say(f"{args.task} ({dataset.name}): {sum(map(len, rows.values())):,} training, {len(dataset.val):,} validation, {len(dataset.test):,} test rows"
         + (f", {dataset.skipped} skipped" if dataset.skipped else ""))
     epochs = math.ceil(args.steps / tasks.epoch_steps(rows, args.batch_size))
-    sizes = [str(min(tasks.batch_size(task, args.task, args.batch_size), len(of_task))) for task, of_task in rows.items()]
+    sizes = [str(min(tasks.batch_size(task, args.batch_size, len(rows) > 1), len(of_task))) for task, of_task in rows.items()]
     say(f"{epochs} epoch{'s' * (epochs > 1)}, {args.steps} steps of {' or '.join(sizes)} rows, peak learning rate {args.lr:g} after {args.warmup_steps} steps, "
         f"seed {args.seed}, {report.hardware(args.device)}" + (f", {distributed.processes()} processes" if distributed.processes() > 1 else ""))
 
@@ -271,9 +275,10 @@ def train(args: argparse.Namespace, out: Path) -> dict:
     report.reset_peak(args.device)  # training's peak, as in the paper, without the Fisher pass
     try:
         fit(args, model, optimizer, tokenizer, rows, val, features, out, config, at)
-        load_trained(out, model)  # the best epoch
+        load_trained(out, model)  # the best epoch.  Paper: with pictures the authors test the last one
         scores = evaluate(model, tokenizer, args, test, features)
-        if pictures:
+        hidden = scores
+        if pictures and not args.blank:
             features.hidden = True
             hidden = evaluate(model, tokenizer, args, test, features)
     except (KeyboardInterrupt, FloatingPointError):
@@ -294,7 +299,7 @@ def train(args: argparse.Namespace, out: Path) -> dict:
         results["gates"] = {name: [rung.mu.item() for rung in getattr(model, name).ladders] for name in ("encoder", "decoder")}
         say(report.gates(model))
     say(f"test {report.scores(scores)}  (epoch {at.best['epoch']}, the best on validation)")
-    if pictures:
+    if pictures and not args.blank:
         say(f"with the pictures hidden {report.scores(hidden)}")
     say(f"{results['seconds'] / 60:.1f} minutes, {kind} memory {results['peak_memory_bytes'] / 2**20:.0f} MiB, saved in {out}")
     if distributed.rank() == 0:
@@ -365,9 +370,10 @@ def several(args: argparse.Namespace, out: Path) -> dict:
     config, runs = {"task": args.task, "seeds": args.seeds}, []
     load_tokenizer(args.model)
     for task in args.task:  # what is missing is said now, and not when the days of the first task have passed
-        for dataset in tasks.load(task, args.data, args.prompts).values():
-            if tasks.has_pictures(task):
-                tasks.pictures_of(dataset)
+        build(argparse.Namespace(**vars(args) | {"task": task}))
+        datasets = tasks.load(task, args.data, args.prompts)
+        if tasks.has_pictures(task):
+            tasks.look(datasets, args.clip, args.device)
     if distributed.agree(args.resume and (out / "config.json").exists()):
         checkpoint.check_same(out, config)
     elif distributed.rank() == 0:
@@ -404,7 +410,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
         many = len(args.task) * len(args.seeds) > 1
         if distributed.rank() == 0:
             checkpoint.check_folder(args.out, args.overwrite, args.resume)
-            args.out = args.out or checkpoint.new_folder(f"{args.task[0] if len(args.task) == 1 else 'glue'}-{args.method}")
+            args.out = args.out or checkpoint.new_folder(f"{args.task[0] if len(args.task) == 1 else 'several'}-{args.method}")
         out = Path(distributed.agree(args.out))
         try:
             with checkpoint.claim(out, distributed.rank()):

@@ -70,7 +70,7 @@ def panel(folder: str, x: float) -> tuple[str, float]:
             parts.append(f'<text x="{x}" y="{y}">{escape(line)}</text>')
         for line in textwrap.wrap(text, 34):
             y += LINE
-            color = "" if task == "coco" else f' fill="{GREEN if right else RED}"'
+            color = "" if task == "coco" else f' style="fill:{GREEN if right else RED}"'
             parts.append(f'<text x="{x}" y="{y}" font-weight="bold"{color}>{escape(line)}</text>')
         y += 5
     return "\n".join(parts), y

@@ -80,7 +80,7 @@ def add(run: dict) -> None:
 def train(name: str, seed: int, folder: str, jobs: int) -> tuple[str, float | None]:
     """One run, in a process of its own: a line about it, and its seconds if it went well."""
     with tempfile.TemporaryDirectory() as out:
-        own = {"python": sys.executable} | dict.fromkeys(TABLES | {"easy_vqa": 0}, str(Path(folder).resolve()))  # of this machine
+        own = {"python": sys.executable} | dict.fromkeys(("glue", "easy_vqa"), str(Path(folder).resolve()))  # of this machine
         words = [own.get(word, word) for word in command(name, [seed]).split()]
         environment = os.environ | {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // jobs))}
         done = subprocess.run([*words, "--out", out], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
@@ -93,6 +93,7 @@ def train(name: str, seed: int, folder: str, jobs: int) -> tuple[str, float | No
 
 
 def table(names: dict) -> str:
+    """The variants' runs as rows in Markdown, and the commands that make them."""
     pictures = names in TABLES["pictures"]
     lines = [f"| | trained parameters | score, mean ± deviation | each seed |{' the pictures hidden |' * pictures} seconds | peak memory |{' the paper, T5-base |' * (not pictures)}"]
     lines.append("|---" + "|---:" * 6 + "|")

@@ -339,8 +339,8 @@ def test_each_step_is_of_one_task_and_an_epoch_takes_every_row_once(joint):
 def test_a_step_of_each_task_has_its_share_of_rows(joint):  # Sec. 4: VQA 300, GQA 500, NLVR2 100, COCO 250
     sizes = {task: Counter(len(chosen) for name, chosen, _ in joint.steps if name == task) for task in TABLE_3}
     assert sizes == {"vqa": {12: 3, 4: 1}, "gqa": {18: 1}, "nlvr2": {4: 5}, "coco": {10: 5}}  # of 12, 20, 4, 10
-    assert [tasks.batch_size(task, "vqa+gqa", 300) for task in TABLE_3] == [300, 500, 100, 250]
-    assert [tasks.batch_size(task, task, 300) for task in TABLE_3] == [300] * 4 and tasks.batch_size("nlvr2", "vqa+nlvr2", 1) == 1
+    assert [tasks.batch_size(task, 300, joint=True) for task in TABLE_3] == [300, 500, 100, 250]
+    assert [tasks.batch_size(task, 300, joint=False) for task in TABLE_3] == [300] * 4 and tasks.batch_size("nlvr2", 1, joint=True) == 1
 
 
 def test_the_order_of_tasks_is_another_in_each_epoch():
@@ -631,12 +631,28 @@ def test_a_run_on_texts_has_no_picture(backbone, glue, tmp_path, capsys):
     (("--task", "vqa,sst2"), ("with and without pictures",)), (("--task", "vqa+sst2"), ("vqa+sst2", "pictures")),
     (("--task", "sst2+vqa"), ("sst2+vqa", "pictures")), (("--task", "vqa+vqa"), ("vqa", "twice")), (("--task", "vqa,vqa"), ("twice",)),
     (("--task", "vqa+nope"), ("nope", "no task")), (("--task", "vqa+"), ("no task",)), (("--task", "easy-vqa"), ("easy-vqa", "--data")),
+    (("--task", "vqa+gqa,gqa+vqa"), ("twice",)), (("--clip", ""), ("--clip", "empty")), (("--prompts", "t5"), ("--prompts",)), (("--data", "sample"), ("sample",)),
     (("--image", "a.png"), ("--image", "--predict")), (("--clip", "nowhere"), ("nowhere", "nano")),
     (("--data", "nowhere"), ("nowhere", "karpathy_train.json")), (("--r", "3"), ("3", "[1, 2, 4, 8]"))],
     ids=lambda part: " ".join(part) if part[0].startswith("--") else "")
 def test_a_wrong_argument_about_pictures_is_one_line(argv, tmp_path, capsys, more, words):
     refused(capsys, argv(*more), *words)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_table_that_could_not_be_made_again_is_not_cleared(argv, tmp_path, capsys):
+    train.main(argv("--seeds", "0,1", "--max-steps", 1))
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*.*") if path.is_file()}
+    refused(capsys, argv("--seeds", "0,1", "--max-steps", 1, "--overwrite", "--clip", "nowhere"), "nowhere")
+    assert {path: path.read_bytes() for path in before} == before and len(before) > 8
+
+
+def test_asking_takes_no_option_of_the_run_and_captions_take_no_text(joint, capsys):
+    line = ["--out", str(joint.out), "--image", "a.png"]
+    for more in (["--blank"], ["--clip", "nowhere"]):
+        refused(capsys, [*line, "--task", "vqa", "--predict", "what is it?", *more], more[0])
+    refused(capsys, [*line, "--task", "coco", "--predict", "what is it?"], "without being asked")
+    refused(capsys, [*line, "--task", "vqa", "--predict", " "], "empty")
 
 
 def test_a_folder_that_is_no_clip_is_one_line(argv, t5, tmp_path, capsys):
