@@ -1,6 +1,6 @@
-"""Draws assets/pictures.svg: the first test scenes of each task, what is asked about them and what trained runs answer.
+"""Draws assets/pictures.svg: the first test scenes, what is asked about them and what trained runs answer, one run for each panel.
 
-    python assets/draw_answers.py runs/vqa-lst-0 runs/gqa-lst-0 runs/nlvr2-lst-0 runs/coco-lst-0
+    python assets/draw_answers.py runs/vqa-lst-0 runs/vqa-lst-0 runs/coco-lst-0 runs/coco-lst-0
 """
 import sys
 import textwrap
@@ -53,11 +53,12 @@ def answers(folder: str, examples: list[data_vl.Example], task: str) -> list[str
     return texts
 
 
-def panel(folder: str, x: float) -> tuple[str, float]:
-    """SVG of a run's panel, and how deep it goes.  Wrong answers are red."""
+def panel(folder: str, number: int, x: float) -> tuple[str, float]:
+    """SVG of a run's panel about its test set's picture of this number, and how deep it goes.  Wrong answers are red."""
     task = read_config(folder)["task"]
     test = data_vl.load(task, None).test
-    shown = [example for example in test if example.images == test[0].images]
+    keys = list(dict.fromkeys(example.images for example in test))[number]
+    shown = [example for example in test if example.images == keys]
     gap = 8
     side = (WIDTH - gap * (len(shown[0].images) - 1)) / len(shown[0].images)
     parts = [picture(scenes.scene_of(key), x + i * (side + gap), 28, side) for i, key in enumerate(shown[0].images)]
@@ -81,7 +82,7 @@ def main() -> None:
     parser.add_argument("folders", nargs="+", help="runs on drawn scenes, one task each")
     parser.add_argument("--out", type=Path, default=ROOT / "assets" / "pictures.svg")
     args = parser.parse_args()
-    panels = [panel(folder, 10 + i * (WIDTH + 30)) for i, folder in enumerate(args.folders)]
+    panels = [panel(folder, i, 10 + i * (WIDTH + 30)) for i, folder in enumerate(args.folders)]
     width, height = 20 + len(panels) * (WIDTH + 30) - 30, max(y for _, y in panels) + 14
     args.out.write_text(f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height:.0f}" font-family="sans-serif" font-size="12.5">\n'
                         "<style>text{fill:#333}@media(prefers-color-scheme:dark){text{fill:#ddd}}</style>\n"
