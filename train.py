@@ -176,8 +176,8 @@ def predict(args: argparse.Namespace) -> dict:
         raise ValueError(f"{task} asks about {('no picture: leave --image out', 'a picture: give --image FILE', 'two pictures: give --image FILE FILE')[number]}; {len(args.image or [])} given")
     if not args.predict.isascii() and args.predict != args.predict.encode("utf-8", "ignore").decode():
         raise ValueError(f"--predict takes UTF-8 text, given was {args.predict[:40]!r}")
-    if (task == "coco") != (not args.predict.strip()):
-        raise ValueError("coco describes a picture without being asked: give --predict \"\"" if task == "coco" else "--predict is empty: give it a text")
+    if number and (task == "coco") != (not args.predict.strip()):
+        raise ValueError("coco describes a picture without being asked: give --predict \"\"" if task == "coco" else "--predict is empty: give it a question")
     pictures = [images.read_image(os.path.expanduser(path)) for path in args.image or []]
     model, tokenizer = load(args.out, args.device)
     if pictures:
