@@ -93,6 +93,7 @@ def test_the_rows_count_what_table_1_trains_with_larger_models():
     assert [published("lst", model)["trainable_params"] for model in ("t5-large", "t5-3b")] == [9_057_304, 2_494_850]
 
 
+@pytest.mark.slow
 def test_the_rows_count_what_table_1_trains():
     rows = {method: published(method, model) for method, model in PAPER if model == "t5-base"}
     counts = {method: row["trainable_params"] for method, row in rows.items()}
@@ -114,6 +115,7 @@ def test_our_lst_is_small(model, changes, limit):
     assert peak(Case("lst", model, keep=kept(model), attention="fused", **changes)) / GB <= limit
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", [pytest.param("eager", marks=pytest.mark.slow), "fused"])
 def test_lora_with_checkpointing_is_the_row_to_beat(attention):
     lora, ladder = (peak(Case(method, keep=kept("t5-base"), attention=attention, checkpoint=True)) / GB for method in ("lora", "lst"))
@@ -144,6 +146,7 @@ def test_inference_of_table_3_is_reproduced(method):  # LoRA's with merged weigh
     assert row["inference_peak_paper_gb"] == pytest.approx(row["paper_inference_gb"], rel=0.01)
 
 
+@pytest.mark.slow
 def test_the_rows_count_the_shares_of_table_3():  # of the whole model, the visual embedding and the added modules included
     assert [round(published_3(method)["trainable_percent"], 2) for method in METHODS] == [100, 7.98, 7.54, 0.83, 1.26, 7.46]
 
@@ -190,6 +193,7 @@ def test_table_3_prints_its_rows_as_published_and_today(tiny, capsys, arguments)
     assert all(words in text for words in account.CONVENTIONS_3.values()) and account.CONVENTIONS["gradients"] not in text
 
 
+@pytest.mark.slow
 def test_attention_and_checkpointing_change_todays_account_and_not_the_published_one(tiny):
     plain, changed = (bench_memory.main(["--table", "3", "--method", "lst", "--r", "2", *more])["rows"][0]
                       for more in ([], ["--attention", "fused", "--checkpoint"]))
@@ -224,6 +228,7 @@ def test_explain_counts_what_it_predicts(attention, capsys):
 
 # ---------------------------------------------------------------------------------------------------------------- sweeps
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention, N, least, most", [("eager", 3, 0.5, 0.7), ("fused", 6, 0.95, 1)])
 def test_the_ladders_lead_shrinks_with_the_source_under_eager_attention_and_keeps_under_fused(monkeypatch, attention, N, least, most):
     of_few_layers(monkeypatch, N)
@@ -244,6 +249,7 @@ def test_a_sweep_over_r_falls_and_one_over_kept_layers_rises(monkeypatch, name, 
 
 # ------------------------------------------------------------------------------------------------------------------ fits
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method, changes", [("lora", {}), ("lst", dict(checkpoint=True))])
 def test_the_batch_that_fits_fits_and_one_more_does_not(tiny, method, changes):
     more = ["--checkpoint"] if changes else []
@@ -374,6 +380,7 @@ def test_an_error_of_ours_is_not_taken_for_a_step_too_large(monkeypatch):
         bench_memory.main(["--explain"])
 
 
+@pytest.mark.slow
 def test_numbers_that_are_large_but_count_are_counted(tiny):
     few, many = (bench_memory.main([*SMALL, "--method", "lst", "--batch-size", size, "--source-length", "8"])["rows"][0] for size in ("1000000", HUGE))
     assert many["weights"] == few["weights"] and many["saved_activations"] == pytest.approx(1000 * few["saved_activations"], rel=0.01)

@@ -66,6 +66,7 @@ def run(argv):  # train.main returns results that a process need not send home
 # ----------------------------------------------------------------------------------------------------------------- losses
 
 # 33 rows in batches of 16: the last batch has one row, so that processes and passes are left without any
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [("--accumulate", 2), pytest.param(("--method", "lora", "--lr", "1e-2"), marks=pytest.mark.slow),
                                   pytest.param(("--init", "fisher", "--fisher-samples", 4, "--checkpoint"), marks=pytest.mark.slow)],
                          ids=lambda more: "".join(map(str, more)))
@@ -172,6 +173,7 @@ def stopped(argv, tmp_path):
     return shape
 
 
+@pytest.mark.slow
 def test_one_process_asked_to_stop_stops_all(stopped, tmp_path):
     assert (tmp_path / "run" / "state.safetensors").exists() and logged(tmp_path / "run", "step")[-1] == 3
 

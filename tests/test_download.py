@@ -135,6 +135,7 @@ def test_a_partial_file_of_something_else_is_found_out_and_thrown_away(server, t
     assert files(tmp_path) == [] and download(server.url + "/file", tmp_path / "file", sha256=SHA).read_bytes() == BYTES
 
 
+@pytest.mark.slow
 def test_a_slow_server_is_waited_for_and_the_progress_is_shown(server, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
     assert download(server.url + "/slow", tmp_path / "file", timeout=1).read_bytes() == BYTES  # 1.6 s, never silent for 1 s

@@ -105,6 +105,7 @@ def same(out, straight):
 DEATHS = [pytest.param(("fsync", 4), marks=pytest.mark.slow), ("replace", 5)]  # while the first state is written; before the best weights take their place
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("die_at", DEATHS, ids=lambda die_at: f"{die_at[0]}-{die_at[1]}")
 def test_killed_while_it_saves_it_goes_on_to_the_same_end(straight, tmp_path, die_at):
     out = tmp_path / "run"
@@ -342,6 +343,7 @@ def test_a_refused_run_does_not_take_the_folder_of_the_first_away(straight, tmp_
     assert not out.exists(), "nothing was written, so nothing is left"
 
 
+@pytest.mark.slow
 def test_a_lock_of_a_killed_run_is_no_lock(straight, tmp_path):
     child = start([*straight[0], "--out", str(tmp_path / "run")])
     while child.is_alive() and not (tmp_path / "run" / "config.json").exists():

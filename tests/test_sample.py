@@ -54,6 +54,7 @@ def test_dev_rows_have_4_to_30_words():
     assert all(4 <= len(sentence.split()) <= 30 for sentence, label in DEV)
 
 
+@pytest.mark.slow
 def test_generator_can_produce_every_train_row():
     assert all(make_sample.can_produce(sentence) for sentence, label in TRAIN[:500])
 

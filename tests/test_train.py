@@ -545,6 +545,7 @@ def test_init_starts_from_the_pruned_backbone(argv, tmp_path, backbone, mode):
     assert all(torch.equal(p, start[name]) for name, p in ladder.named_parameters() if ".blocks." in name and name in start)
 
 
+@pytest.mark.slow
 def test_the_three_inits_start_differently(argv, tmp_path):
     starts = {}
     for init in ("random", "magnitude", "fisher"):
