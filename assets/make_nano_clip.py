@@ -1,6 +1,6 @@
 """Trains the bundled image tower `assets/nano_clip`: a small CLIP, from nothing, on the drawn scenes of scenes.py.
 
-    python assets/make_nano_clip.py --minutes 30
+    python assets/make_nano_clip.py --minutes 40
 
 The tower is CLIP's own ResNet (clip.py), 36 positions of 512 channels for a picture of 192 x 192 pixels.  It learns which of a batch's
 phrases ("star", "small red object") are true of which of its pictures, each pair for itself (the sigmoid loss of arXiv:2303.15343).  A picture
@@ -160,7 +160,7 @@ def save(tower: ModifiedResNet, out: Path) -> None:
 
 if __name__ == "__main__":
     parser = Parser(__doc__)
-    parser.add_argument("--minutes", type=float, default=30)
+    parser.add_argument("--minutes", type=float, default=40)
     parser.add_argument("--batch-size", type=positive, default=128)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--out", type=Path, default=ROOT / "assets" / "nano_clip")

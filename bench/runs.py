@@ -51,6 +51,7 @@ METHODS = {"lst": ("LST, r = 4", ""), "full": ("full fine-tuning", " --method fu
 EASY_VARIANTS = {f"easy-vqa-{name}": (title, f"--task easy-vqa{flags} --data easy_vqa", "") for name, (title, flags) in METHODS.items()}
 SCENE_VARIANTS = {f"{task}-{name}": (f"{title}: {METHODS[name][0]}", f"--task {task}{METHODS[name][1]}", "")
                   for task, title in (("vqa", "VQA"), ("gqa", "GQA"), ("nlvr2", "NLVR2"), ("coco", "captions, CIDEr-D")) for name in ("lst", "full")}
+SCENE_VARIANTS["vqa-lst-long"] = ("VQA, longer: LST", "--task vqa --epochs 14 --lr 1e-3 --dtype bf16", "")
 SCENE_VARIANTS["joint-lst"] = ("all four in one: LST", "--task vqa+gqa+nlvr2+coco", "")
 TABLES = {"glue": (SST2_VARIANTS, SMALL_VARIANTS), "pictures": (EASY_VARIANTS, SCENE_VARIANTS)}
 VARIANTS, RESULTS = {}, Path()  # what the command line chooses: the variants of its tables; the results.json of every run, and its variant
