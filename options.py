@@ -142,7 +142,7 @@ def settle(args: argparse.Namespace, rows: Rows, sample: bool) -> None:
         if args.model == "nano":
             settings |= {"batch_size": 32, "epochs": max(NANO_EPOCHS[task] for task in args.task.split("+"))}
             if args.method == "lst":
-                # Paper: 3e-3, 1e-6, 0.999 and queries as pruned, with which this small side network learns what is answered, but not to look: its
+                # Paper: 3e-3, 1e-6, 0.999 and queries as pruned, with all of which this small side network learns what is answered, but not to look: its
                 # queries' gradients are about 1e-7, after a start when they were a hundred times that, and its attention is flat (prune.init_side).
                 settings |= {"batch_size": 16, "lr": 5e-4}
                 args.epsilon, args.beta2, args.sharpen = 1e-8, 0.99, True
