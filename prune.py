@@ -141,13 +141,11 @@ def aligned(importance: dict[str, Tensor], t5: T5, r: int) -> Kept:
 # -------------------------------------------------------------------------------------------------------- initialization
 
 @torch.no_grad()
-def init_side(ladder, importance: dict[str, Tensor], mode: str = "published", sharpen: bool = False) -> None:
+def init_side(ladder, importance: dict[str, Tensor], mode: str = "published") -> None:
     """Start the side network of a LadderT5 from the rows and columns of its backbone that matter most.
 
     Blocks, final norms and position bias are copied (all heads stay, so the bias table is copied whole); the projections down
     and up keep their random start and the gates alpha = 0.  r = 1 copies the backbone.  ValueError: unknown mode.
-    sharpen: make up for flat attention. A score is a sum of K / r products of sums of D / r products, so pruning leaves it about r ** 1.5 times
-    smaller, and nothing undoes this: T5's weights carry the scale that other Transformers divide by.
     """
     if mode not in ("published", "aligned"):
         raise ValueError(f"prune mode is {mode!r}, choose from published, aligned")
@@ -163,5 +161,3 @@ def init_side(ladder, importance: dict[str, Tensor], mode: str = "published", sh
                 rows, *columns = kept[source]
                 pruned = t5.get_parameter(source)[rows]
                 value.copy_(pruned[:, columns[0]] if columns else pruned)
-                if sharpen and parameter.endswith(".q.weight"):  # Paper: as pruned
-                    value *= ladder.r ** 1.5

@@ -72,7 +72,7 @@ def build(args: argparse.Namespace) -> nn.Module:
 def initialize(ladder: LadderT5, args: argparse.Namespace, rows: tasks.Rows) -> None:
     """Sec. 3.3: weights for the side network out of the backbone, by the importance that --init names.  The backbone reads text alone."""
     if args.init == "magnitude":
-        prune.init_side(ladder, prune.magnitude(ladder.backbone), args.prune, args.sharpen)
+        prune.init_side(ladder, prune.magnitude(ladder.backbone), args.prune)
     elif args.init == "fisher":
         each = [(task, row) for task, of_task in rows.items() for row in of_task if getattr(row, "answers", True)]  # VQA has questions without one
         order = torch.randperm(len(each), generator=torch.Generator().manual_seed(args.seed)).tolist()[: args.fisher_samples]
@@ -83,7 +83,7 @@ def initialize(ladder: LadderT5, args: argparse.Namespace, rows: tasks.Rows) -> 
                 progress.step(done)  # before the last one is taken, after which nobody asks for more
                 yield to_device(data.collate(tasks.draw(task, [row], args.seed, done)), args.device)
 
-        prune.init_side(ladder, prune.fisher(ladder.backbone, samples(), len(order)), args.prune, args.sharpen)
+        prune.init_side(ladder, prune.fisher(ladder.backbone, samples(), len(order)), args.prune)
 
 
 def to_device(batch: data.Batch, device: str) -> data.Batch:

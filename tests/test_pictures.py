@@ -220,17 +220,17 @@ def test_pictures_have_the_settings_of_table_6(task, size, method, lr, decay):
     rows = {name: [None] * 1500 for name in task.split("+")}
     options.settle(args, rows, sample=False)
     assert (args.batch_size, args.lr, args.weight_decay, args.r) == (size, lr, decay, 4)
-    assert (args.epochs, args.epsilon, args.beta2, args.max_norm, args.seeds, args.sharpen) == (20, 1e-6, 0.999, 5.0, [0], False)
+    assert (args.epochs, args.epsilon, args.beta2, args.max_norm, args.seeds) == (20, 1e-6, 0.999, 5.0, [0])
     steps = sum(1500 // {"vqa": 300, "gqa": 500, "nlvr2": 100, "coco": 250, "easy-vqa": 300}[name] for name in rows)
     assert args.steps == 20 * steps and args.warmup_steps == args.steps // 10
 
 
-@pytest.mark.parametrize("method, expected", [("lst", (16, 5e-4, 1e-8, 0.99, True, 0.0)), ("full", (32, 3e-4, 1e-6, 0.999, False, 0.0))])
+@pytest.mark.parametrize("method, expected", [("lst", (16, 14, 5e-4, 1e-8, 0.99, 0.0)), ("full", (32, 3, 3e-4, 1e-6, 0.999, 0.0))])
 def test_beside_nano_the_side_network_has_settings_with_which_it_looks(method, expected):
     args = options.parse(["--task", "vqa", "--method", method], "")
     args.task = "vqa"
     options.settle(args, {"vqa": [None] * 320}, sample=False)
-    assert (args.batch_size, args.lr, args.epsilon, args.beta2, args.sharpen, args.dropout) == expected
+    assert (args.batch_size, args.epochs, args.lr, args.epsilon, args.beta2, args.dropout) == expected
 
 
 # ---------------------------------------------------------------------------------------------------- cut off and resumed
