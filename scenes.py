@@ -225,16 +225,16 @@ def gqa(scene: Scene, rng: random.Random) -> Iterator[Row]:
 # ---------------------------------------------------------------------------------------------------- sentences (NLVR2)
 
 SENTENCES = {  # template -> whether it is true of the tallies of the left and the right picture
+    "there is {a_x} in the left picture.": lambda left, right, x, y, k: left[x] > 0,
+    "there is {a_x} in the right picture.": lambda left, right, x, y, k: right[x] > 0,
+    "there are {k} {x}s in the left picture.": lambda left, right, x, y, k: left[x] == k,
+    "there are {k} {x}s in the right picture.": lambda left, right, x, y, k: right[x] == k,
     "both pictures have {a_x}.": lambda left, right, x, y, k: left[x] > 0 and right[x] > 0,
     "only one of the pictures has {a_x}.": lambda left, right, x, y, k: (left[x] > 0) != (right[x] > 0),
-    "the pictures have the same number of {x}s.": lambda left, right, x, y, k: left[x] == right[x],
+    "neither picture has {a_x}.": lambda left, right, x, y, k: left[x] == right[x] == 0,
     "the left picture has more {x}s than the right one.": lambda left, right, x, y, k: left[x] > right[x],
     "the right picture has more {x}s than the left one.": lambda left, right, x, y, k: left[x] < right[x],
-    "there are exactly {k} {x}s in the two pictures together.": lambda left, right, x, y, k: left[x] + right[x] == k,
-    "each picture has at least {k} {x}s.": lambda left, right, x, y, k: min(left[x], right[x]) >= k,
     "the left picture has {a_x} and the right one has {a_y}.": lambda left, right, x, y, k: left[x] > 0 and right[y] > 0,
-    "the left picture has {a_x}, but the right one has no {y}.": lambda left, right, x, y, k: left[x] > 0 and right[y] == 0,
-    "the left picture has as many {x}s as the right one has {y}s.": lambda left, right, x, y, k: left[x] == right[y],
 }
 
 

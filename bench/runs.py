@@ -45,9 +45,9 @@ SMALL_VARIANTS = {
         ("stsb", "STS-B, Pearson and Spearman", ("90.7 ± 0.2", "90.3 ± 0.1")))
     for (method, method_title, flags), paper in zip((("lst", "LST", ""), ("full", "full fine-tuning", " --method full")), papers)
 }
-METHODS = {"lst": ("LST, r = 4", " --dtype bf16"), "full": ("full fine-tuning", " --method full --epochs 3"), "blank": ("LST, trained without pictures", " --blank --dtype bf16"),
-           "adapters": ("adapters", " --method adapters"), "lora": ("LoRA", " --method lora"), "bitfit": ("BitFit", " --method bitfit"),
-           "prompt": ("prompt-tuning", " --method prompt")}
+METHODS = {"lst": ("LST, r = 4", " --dtype bf16"), "blank": ("LST, trained without pictures", " --dtype bf16 --blank"),
+           "full": ("full fine-tuning", " --method full"), "adapters": ("adapters", " --method adapters"), "lora": ("LoRA", " --method lora"),
+           "bitfit": ("BitFit", " --method bitfit"), "prompt": ("prompt-tuning", " --method prompt")}
 EASY_VARIANTS = {f"easy-vqa-{name}": (title, f"--task easy-vqa{flags} --data easy_vqa", "") for name, (title, flags) in METHODS.items()}
 SCENE_VARIANTS = {f"{task}-{name}": (f"{title}: {METHODS[name][0]}", f"--task {task}{METHODS[name][1]}", "")
                   for task, title in (("vqa", "VQA"), ("gqa", "GQA"), ("nlvr2", "NLVR2"), ("coco", "captions, CIDEr-D")) for name in ("lst", "full")}

@@ -95,7 +95,7 @@ def test_pictures_are_the_same_everywhere():
 
 def test_rows_are_the_same_everywhere():
     text = repr([tuple(row) for task in TASKS for row in examples(task, "val", 60)])
-    assert hashlib.sha256(text.encode()).hexdigest() == "aa55ee8c63f588e43317b78ff22f72dd38b691f8f74db16baabc37a8ed93a6a6"
+    assert hashlib.sha256(text.encode()).hexdigest() == "c0ff2cb2b3674c95bafc23529d6e4f7defafbefc6fb538c0836cd9582dfbd9f0"
 
 
 def test_scenes_have_one_to_five_objects_of_every_sort():
@@ -221,16 +221,16 @@ def test_what_is_left_of_something_is_clearly_so(rows):
 
 WORDS = {word: n for n, word in enumerate(("no", "one", "two", "three", "four", "five"))}
 SENTENCES = {
+    r"there is an? (.+) in the left picture\.": lambda l, r, x: number(l, x) > 0,
+    r"there is an? (.+) in the right picture\.": lambda l, r, x: number(r, x) > 0,
+    r"there are (\w+) (.+)s in the left picture\.": lambda l, r, k, x: number(l, x) - WORDS[k] == 0,
+    r"there are (\w+) (.+)s in the right picture\.": lambda l, r, k, x: number(r, x) - WORDS[k] == 0,
     r"both pictures have an? (.+)\.": lambda l, r, x: number(l, x) * number(r, x) > 0,
     r"only one of the pictures has an? (.+)\.": lambda l, r, x: [number(l, x), number(r, x)].count(0) == 1,
-    r"the pictures have the same number of (.+)s\.": lambda l, r, x: number(l, x) - number(r, x) == 0,
+    r"neither picture has an? (.+)\.": lambda l, r, x: number(l, x) + number(r, x) == 0,
     r"the left picture has more (.+)s than the right one\.": lambda l, r, x: number(l, x) - number(r, x) > 0,
     r"the right picture has more (.+)s than the left one\.": lambda l, r, x: number(r, x) - number(l, x) > 0,
-    r"there are exactly (\w+) (.+)s in the two pictures together\.": lambda l, r, k, x: number(l, x) + number(r, x) - WORDS[k] == 0,
-    r"each picture has at least (\w+) (.+)s\.": lambda l, r, k, x: number(l, x) >= WORDS[k] and number(r, x) >= WORDS[k],
     r"the left picture has an? (.+) and the right one has an? (.+)\.": lambda l, r, x, y: number(l, x) * number(r, y) > 0,
-    r"the left picture has an? (.+), but the right one has no (.+)\.": lambda l, r, x, y: number(l, x) > 0 and not number(r, y),
-    r"the left picture has as many (.+)s as the right one has (.+)s\.": lambda l, r, x, y: number(l, x) - number(r, y) == 0,
 }
 
 
