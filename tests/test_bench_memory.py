@@ -151,6 +151,7 @@ def test_the_rows_count_the_shares_of_table_3():  # of the whole model, the visu
     assert [round(published_3(method)["trainable_percent"], 2) for method in METHODS] == [100, 7.98, 7.54, 0.83, 1.26, 7.46]
 
 
+@pytest.mark.slow
 def test_lst_is_the_only_method_of_table_3_that_fits_on_16_gb():  # Sec. 5: "the only method that can fit into a single 16GB GPU"
     assert [method for method in METHODS if published_3(method)["peak"] <= 16 * 2**30] == ["lst"]
 

@@ -482,6 +482,7 @@ def test_sst2_falls_back_to_the_sample_only_as_long_as_the_server_fails(world, m
 
 # -------------------------------------------------------------------------------------------------------- command line
 
+@pytest.mark.slow
 def test_the_command_line_trains_a_public_model_on_a_downloaded_task(models, tiny, tmp_path, monkeypatch):
     serve_glue(models, "rte", monkeypatch)
     train = """if True:
