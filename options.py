@@ -18,13 +18,14 @@ from tasks import TASKS, Rows, epoch_steps, has_pictures
 
 METHODS = ("lst", *baselines.METHODS)
 PROMPTS = ("paper", "t5")
+INITS = ("fisher", "magnitude", "random")  # or the folder of a run
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # load_t5 refuses fp16 and says why
 LR = {"lst": 3e-3, "full": 3e-4, "adapters": 3e-4, "lora": 3e-4, "bitfit": 3e-4, "prompt": 3e-1}  # Sec. 4 and Table 5
 BATCH_SIZE, WARMUP_STEPS = 100, 500  # the same; a task's epochs are in data.py
 PICTURES_LR = LR | {"bitfit": 3e-3, "prompt": 3e-3}  # Table 6
 PICTURES_BATCH_SIZE = {"gqa": 500, "nlvr2": 100, "coco": 250}  # the others, and VQA's share of a joint run: 300
 NANO_WARMUP_STEPS = 60  # of 664 steps on SST-2
-NANO_EPOCHS = {"vqa": 14, "gqa": 14, "nlvr2": 14, "coco": 3, "easy-vqa": 4}  # several together: the most of theirs.  Paper: 20
+NANO_EPOCHS = {"vqa": 14, "gqa": 14, "nlvr2": 6, "coco": 3, "easy-vqa": 4}  # several together: the most of theirs.  Paper: 20
 NANO_LR = {"bitfit": 1e-2}  # Paper: 3e-4, with which biases alone learn nothing in 664 steps
 
 
@@ -43,7 +44,8 @@ def parse(argv: Sequence[str] | None, description: str) -> argparse.Namespace:
     ladder = parser.add_argument_group("the ladder (Sec. 3)")
     ladder.add_argument("--r", "--reduction", type=positive, help="reduction factor (default 8, with pictures 4); behind torchrun, which takes --r for an option of its own, write --reduction")
     ladder.add_argument("--keep", type=layers, help="0-based layers kept in side encoder and decoder, e.g. 1,3,5 (default: all)")
-    ladder.add_argument("--init", default="fisher", choices=("fisher", "magnitude", "random"), help="importance for the initial weights (default %(default)s)")
+    ladder.add_argument("--init", default="fisher", help="importance for the initial weights: fisher (default), magnitude or random; or the folder of a run, "
+                        "whose side network is taken")
     ladder.add_argument("--prune", default="published", choices=("published", "aligned"), help="how rows are chosen (default %(default)s)")
     ladder.add_argument("--fisher-samples", type=positive, default=1024, help="training rows for the Fisher information (default %(default)s)")
     ladder.add_argument("--gates", default="learned", choices=("learned", "shut"), help="shut: mu = 0, no ladders")
@@ -79,6 +81,10 @@ def parse(argv: Sequence[str] | None, description: str) -> argparse.Namespace:
     shaped = [name for name in ("r", "keep", "init", "prune", "fisher_samples", "gates") if getattr(args, name) != parser.get_default(name)]
     if args.method != "lst" and shaped:
         parser.error(f"--{', --'.join(shaped).replace('_', '-')}: the side network's shape, and --method {args.method} has none; leave it out")
+    if args.init not in INITS:
+        args.init = os.path.realpath(os.path.expanduser(args.init))
+        if not os.path.isdir(args.init):
+            parser.error(f"--init: {args.init} is not there; choose from {', '.join(INITS)}, or name the folder of a run")
     if args.method == "lst" and args.freeze:
         parser.error("--freeze is for the other methods: --method lst freezes the whole backbone; use --keep to leave out side layers")
     if args.as_authors and args.method not in ("lora", "prompt"):

@@ -40,7 +40,7 @@ import tasks
 from checkpoint import Position, load_trained, read_config, save_trained, sha256_of_backbone, trainable, write_json
 from clip import load_clip, sha256_of_clip
 from model import T5, Tokenizer, VisualEmbedding, load_t5, load_tokenizer
-from options import DTYPES, METHODS, PROMPTS, parse, settle
+from options import DTYPES, INITS, METHODS, PROMPTS, parse, settle
 from report import guarded, say
 from side import LadderT5
 from tasks import TASKS
@@ -153,13 +153,21 @@ def load(folder: str | Path, device: str = "cpu") -> tuple[nn.Module, Tokenizer]
     args = argparse.Namespace(**read_config(folder) | {"device": device})
     if not set(args.task.split("+")) <= TASKS.keys() or args.method not in METHODS or args.prompts not in PROMPTS:
         raise ValueError(f"{folder} holds a run of method {args.method!r} on task {args.task!r} with prompts {args.prompts!r}, which are not known here")
-    if (found := sha256_of_backbone(args.model)) != args.backbone_sha256:
-        raise ValueError(f"the backbone {args.model} is not the one of {folder}: sha256 {found[:12]}..., was {args.backbone_sha256[:12]}...")
-    if tasks.has_pictures(args.task) and (found := sha256_of_clip(args.clip)) != args.clip_sha256:
-        raise ValueError(f"the image tower {args.clip} is not the one of {folder}: sha256 {found[:12]}..., was {args.clip_sha256[:12]}...")
     model = build(args)
-    load_trained(folder, model)
+    fill(model, folder, args)
     return model.eval(), load_tokenizer(args.model)
+
+
+def fill(model: nn.Module, folder: str | Path, args: argparse.Namespace) -> None:
+    """Let `model` start from what a run trained.  ValueError if that has another shape, or was beside another backbone or image tower."""
+    run = read_config(folder)
+    if other := [f"{name} = {run[name]}" for name in ("method", "r", "keep", "gates") if run[name] != getattr(args, name)]:
+        raise ValueError(f"{folder} does not fit: it has {', '.join(other)}; ask for the same, or start from another run")
+    if (found := sha256_of_backbone(args.model)) != run["backbone_sha256"]:
+        raise ValueError(f"the backbone {args.model} is not the one of {folder}: sha256 {found[:12]}..., was {run['backbone_sha256'][:12]}...")
+    if tasks.has_pictures(run["task"]) and (found := sha256_of_clip(args.clip)) != run["clip_sha256"]:
+        raise ValueError(f"the image tower {args.clip} is not the one of {folder}: sha256 {found[:12]}..., was {run['clip_sha256'][:12]}...")
+    load_trained(folder, model)
 
 
 # ------------------------------------------------------------------------------------------------------------------ main
@@ -207,6 +215,8 @@ def train(args: argparse.Namespace, out: Path) -> dict:
 
     # model: the frozen backbone and what is trained
     model, tokenizer = build(args), load_tokenizer(args.model)
+    if args.init not in INITS:  # Paper: always out of the backbone.  What one task has taught a side network, to look for instance, helps it with another
+        fill(model, args.init, args)
     backbone = model.backbone if args.method == "lst" else model
     if not 0 <= backbone.config.vocab_size - tokenizer.vocab_size < 128:  # T5's head has 28 spare rows
         raise ValueError(f"{args.model}: spiece.model has {tokenizer.vocab_size} ids, config.json's vocab_size is {backbone.config.vocab_size}: they do not belong together")

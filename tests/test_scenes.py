@@ -351,3 +351,14 @@ def test_captions_agree_with_each_other(rows):
     strange = cider_d([own[1] for own in references[1:] + references[:1]], others)
     print(f"\ncoco, CIDEr-D of a reference {own:.2f}, of another scene's {strange:.2f}")
     assert own > 3 and strange < 1
+
+
+@pytest.mark.slow
+def test_one_caption_for_every_picture_earns_little():
+    """CIDEr-D on test, times 100, of the constant caption that is best on validation, out of the 120 first references that training has most often."""
+    common = Counter(row.answer[0] for row in examples("coco", "train")).most_common(120)
+    val, test = ([row.answer for row in examples("coco", split)] for split in ("val", "test"))
+    best = max((caption for caption, _ in common), key=lambda caption: cider_d([caption] * len(val), val))
+    score = 100 * cider_d([best] * len(test), test)
+    print(f"\ncoco, {best!r} for every picture: CIDEr-D {score:.1f}")
+    assert score < 50

@@ -554,6 +554,26 @@ def test_the_three_inits_start_differently(argv, tmp_path):
     assert not any(torch.equal(starts[a], starts[b]) for a, b in (("random", "magnitude"), ("magnitude", "fisher"), ("fisher", "random")))
 
 
+def test_a_run_starts_from_what_another_has_learned(learned, argv, tmp_path):
+    train.main(argv("--task", "rte", "--init", learned[0], "--lr", "1e-30", "--max-steps", 1))
+    before, after = (load_file(out / "trained.safetensors") for out in (learned[0], tmp_path / "run"))
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_start_that_does_not_fit_is_refused_and_nothing_is_written(learned, argv, backbone, tmp_path, capsys):
+    start = ("--init", str(learned[0]))
+    refused(capsys, argv(*start, "--r", 2), str(learned[0]), "r = 4", "ask for the same")
+    refused(capsys, argv(*start, "--keep", 1), str(learned[0]), "keep = None")
+    refused(capsys, argv("--init", str(tmp_path)), "not the folder of a run")
+    refused(capsys, argv("--init", "fischer"), "fischer", "fisher, magnitude, random", "folder of a run")
+    refused(capsys, argv(*start, "--method", "lora"), "--init")
+    copy = shutil.copytree(backbone, tmp_path / "copy")
+    torch.manual_seed(1)
+    save_t5(T5(T5Config.from_json(copy / "config.json")), copy)
+    refused(capsys, argv(*start, "--model", copy), "not the one of", "sha256")
+    assert not (tmp_path / "run").exists()
+
+
 def test_keep_gives_a_rung_to_the_kept_layers_only(argv, capsys):
     results = train.main(argv("--keep", "1", "--max-steps", 1))
     assert [len(results["gates"][stack]) for stack in ("encoder", "decoder")] == [1, 1]
