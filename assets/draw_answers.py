@@ -1,6 +1,6 @@
 """Draws assets/pictures.svg: the first test scenes, what is asked about them and what trained runs answer, one run for each panel.
 
-    python assets/draw_answers.py runs/vqa-lst-0 runs/vqa-lst-0 runs/coco-lst-0 runs/coco-lst-0
+    python assets/draw_answers.py runs/vqa-lst-0 runs/vqa-lst-0 runs/nlvr2-lst-0 runs/coco-lst-0
 """
 import sys
 import textwrap
@@ -54,26 +54,26 @@ def answers(folder: str, examples: list[data_vl.Example], task: str) -> list[str
 
 
 def panel(folder: str, number: int, x: float) -> tuple[str, float]:
-    """SVG of a run's panel about its test set's picture of this number, and how deep it goes.  Wrong answers are red."""
+    """SVG of a run's panel about its test set's picture of this number, or NLVR2's two pairs, and how deep it goes.  Wrong answers are red."""
     task = read_config(folder)["task"]
     test = data_vl.load(task, None).test
-    keys = list(dict.fromkeys(example.images for example in test))[number]
-    shown = [example for example in test if example.images == keys]
-    gap = 8
-    side = (WIDTH - gap * (len(shown[0].images) - 1)) / len(shown[0].images)
-    parts = [picture(scenes.scene_of(key), x + i * (side + gap), 28, side) for i, key in enumerate(shown[0].images)]
-    y = 28 + side + 8
-    parts.append(f'<text x="{x}" y="18" font-weight="bold">{TITLES[task]}</text>')
-    for example, text in zip(shown, answers(folder, shown, task)):
-        right = text in (example.references or example.answers)
-        for line in textwrap.wrap(example.source.removeprefix(data_vl.TASKS[task].prompt).strip(), 38):
-            y += LINE
-            parts.append(f'<text x="{x}" y="{y}">{escape(line)}</text>')
-        for line in textwrap.wrap(text, 34):
-            y += LINE
-            color = "" if task == "coco" else f' style="fill:{GREEN if right else RED}"'
-            parts.append(f'<text x="{x}" y="{y}" font-weight="bold"{color}>{escape(line)}</text>')
-        y += 5
+    n = len(test[0].images)  # pictures beside each other, and as many such rows
+    parts, y, gap, side = [f'<text x="{x}" y="18" font-weight="bold">{TITLES[task]}</text>'], 28, 8, (WIDTH - 8 * (n - 1)) / n
+    for keys in list(dict.fromkeys(example.images for example in test))[n * number: n * number + n]:
+        parts += [picture(scenes.scene_of(key), x + i * (side + gap), y, side) for i, key in enumerate(keys)]
+        y += side + gap
+        shown = [example for example in test if example.images == keys]
+        for example, text in zip(shown, answers(folder, shown, task)):
+            right = text in (example.references or example.answers)
+            for line in textwrap.wrap(example.source.removeprefix(data_vl.TASKS[task].prompt).strip(), 38):
+                y += LINE
+                parts.append(f'<text x="{x}" y="{y}">{escape(line)}</text>')
+            for line in textwrap.wrap(text, 34):
+                y += LINE
+                color = "" if task == "coco" else f' style="fill:{GREEN if right else RED}"'
+                parts.append(f'<text x="{x}" y="{y}" font-weight="bold"{color}>{escape(line)}</text>')
+            y += 5
+        y += 12
     return "\n".join(parts), y
 
 

@@ -5,7 +5,8 @@
     python bench/runs.py pictures --data easy_vqa --jobs 2         # the same for bench/pictures.json
     python bench/runs.py glue                                      # only print the tables
 
-Small models use a core better than several: --jobs 2 makes two runs at a time, which share the cores.
+Small models use a core better than several: --jobs 2 makes two runs at a time, which share the cores.  Each run's folder is kept, runs/<variant>-<seed>;
+one that was cut off goes on.
 """
 import argparse
 import json
@@ -13,7 +14,6 @@ import os
 import statistics
 import subprocess
 import sys
-import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from datetime import timedelta
@@ -51,6 +51,7 @@ METHODS = {"lst": ("LST, r = 4", " --dtype bf16"), "blank": ("LST, trained witho
 EASY_VARIANTS = {f"easy-vqa-{name}": (title, f"--task easy-vqa{flags} --data easy_vqa", "") for name, (title, flags) in METHODS.items()}
 SCENE_VARIANTS = {f"{task}-{name}": (f"{title}: {METHODS[name][0]}", f"--task {task}{METHODS[name][1]}", "")
                   for task, title in (("vqa", "VQA"), ("gqa", "GQA"), ("nlvr2", "NLVR2"), ("coco", "captions, CIDEr-D")) for name in ("lst", "full")}
+SCENE_VARIANTS["nlvr2-lst"] = ("NLVR2: LST, r = 4, from VQA's run", "--task nlvr2 --dtype bf16 --init runs/vqa-lst-SEED", "")
 SCENE_VARIANTS["together-lst"] = ("VQA and NLVR2 in one: LST, r = 4", "--task vqa+nlvr2 --dtype bf16", "")
 TABLES = {"glue": (SST2_VARIANTS, SMALL_VARIANTS), "pictures": (EASY_VARIANTS, SCENE_VARIANTS)}
 VARIANTS, RESULTS = {}, Path()  # what the command line chooses: the variants of its tables; the results.json of every run, and its variant
@@ -58,8 +59,11 @@ LOCK = threading.Lock()
 
 
 def command(name: str, numbers: list[int]) -> str:
-    """As the README has it, with the data in the folder `glue` or `easy_vqa`."""
-    return f"python train.py {VARIANTS[name][1]} --seed{'s' * (len(numbers) > 1)} {','.join(map(str, numbers))}"
+    """As the README has it, with the data in the folder `glue` or `easy_vqa`.  Where each seed has a start of its own, a line for each."""
+    if "SEED" in VARIANTS[name][1] and len(numbers) > 1:
+        return "\n    ".join(command(name, [number]) for number in numbers)
+    flags = VARIANTS[name][1].replace("SEED", str(numbers[0]))
+    return f"python train.py {flags} --seed{'s' * (len(numbers) > 1)} {','.join(map(str, numbers))}"
 
 
 def all_runs() -> list[dict]:
@@ -78,16 +82,17 @@ def add(run: dict) -> None:
 
 
 def train(name: str, seed: int, folder: str, jobs: int) -> tuple[str, float | None]:
-    """One run, in a process of its own: a line about it, and its seconds if it went well."""
-    with tempfile.TemporaryDirectory() as out:
-        own = {"python": sys.executable} | dict.fromkeys(("glue", "easy_vqa"), str(Path(folder).resolve()))  # of this machine
-        words = [own.get(word, word) for word in command(name, [seed]).split()]
-        environment = os.environ | {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // jobs))}
-        done = subprocess.run([*words, "--out", out], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        if done.returncode:
-            return f"{name}, seed {seed}: failed, {done.stderr.strip().rpartition(chr(10))[2] or f'exit code {done.returncode}'}", None
-        run = json.loads((Path(out) / "results.json").read_text(encoding="utf-8"))
-    run["config"].pop("data", None)
+    """One run, in a process of its own and the folder runs/<name>-<seed>: a line about it, and its seconds if it went well."""
+    own = {"python": sys.executable} | dict.fromkeys(("glue", "easy_vqa"), str(Path(folder).resolve()))  # of this machine
+    words = [own.get(word, word) for word in command(name, [seed]).split()]
+    environment = os.environ | {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // jobs))}
+    out = f"runs/{name}-{seed}"
+    done = subprocess.run([*words, "--out", out, "--resume"], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    if done.returncode:
+        return f"{name}, seed {seed}: failed, {done.stderr.strip().rpartition(chr(10))[2] or f'exit code {done.returncode}'}", None
+    run = json.loads((ROOT / out / "results.json").read_text(encoding="utf-8"))
+    for name_of_a_path in ("data", "init"):  # on this machine; the command tells them
+        run["config"].pop(name_of_a_path)
     add({"variant": name} | run | {"command": command(name, [seed]), "runs_at_a_time": jobs})
     return f"{name}, seed {seed}: {run['test']['score']:.2f} in {run['seconds']:.0f} s", run["seconds"]
 
