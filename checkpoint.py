@@ -268,7 +268,7 @@ def check_same(out: Path, config: dict) -> None:
     if ("seeds" in was) != ("seeds" in config):
         raise ValueError(f"{out} cannot go on so: {'a table of several runs' if 'seeds' in was else 'a single run'} is in it; "
                          "give its own arguments, or another --out")
-    if config.keys() - was.keys():
+    if was.keys() - {"command", "versions", "hardware", "seconds", "peak_memory_bytes", "peak_memory_kind"} != config.keys():
         raise ValueError(f"{out} cannot go on: its config.json was not written by this version of train.py; choose another --out")
     if "seeds" in config:
         return

@@ -25,7 +25,7 @@ BATCH_SIZE, WARMUP_STEPS = 100, 500  # the same; a task's epochs are in data.py
 PICTURES_LR = LR | {"bitfit": 3e-3, "prompt": 3e-3}  # Table 6
 PICTURES_BATCH_SIZE = {"gqa": 500, "nlvr2": 100, "coco": 250}  # the others, and VQA's share of a joint run: 300
 NANO_WARMUP_STEPS = 60  # of 664 steps on SST-2
-NANO_EPOCHS = {"vqa": 14, "gqa": 14, "nlvr2": 6, "coco": 3, "easy-vqa": 4}  # several together: the most of theirs.  Paper: 20
+NANO_EPOCHS = {"vqa": 14, "gqa": 14, "nlvr2": 6, "coco": 3, "easy-vqa": 4}  # LST's; several together: the most of theirs.  Paper: 20
 NANO_LR = {"bitfit": 1e-2}  # Paper: 3e-4, with which biases alone learn nothing in 664 steps
 
 
@@ -82,9 +82,11 @@ def parse(argv: Sequence[str] | None, description: str) -> argparse.Namespace:
     if args.method != "lst" and shaped:
         parser.error(f"--{', --'.join(shaped).replace('_', '-')}: the side network's shape, and --method {args.method} has none; leave it out")
     if args.init not in INITS:
+        if not args.init or not (args.resume or os.path.isdir(os.path.expanduser(args.init))):
+            parser.error(f"--init {args.init!r} is no folder; choose from {', '.join(INITS)}, or name the folder of a run")
+        if (args.prune, args.fisher_samples) != (parser.get_default("prune"), parser.get_default("fisher_samples")):
+            parser.error("--prune and --fisher-samples are about weights out of the backbone, and --init names a run: leave them out")
         args.init = os.path.realpath(os.path.expanduser(args.init))
-        if not os.path.isdir(args.init):
-            parser.error(f"--init: {args.init} is not there; choose from {', '.join(INITS)}, or name the folder of a run")
     if args.method == "lst" and args.freeze:
         parser.error("--freeze is for the other methods: --method lst freezes the whole backbone; use --keep to leave out side layers")
     if args.as_authors and args.method not in ("lora", "prompt"):

@@ -7,6 +7,7 @@
     torchrun --nproc-per-node 4 train.py --task mnli --model t5-large
     python train.py --out runs/sst2-lst-0 --predict "a gripping , beautifully acted film"
     python train.py --task vqa                                         # questions about drawn pictures
+    python train.py --task nlvr2 --init runs/vqa-lst-0                 # a sentence about two pictures, with a side network that has learned to look
     python train.py --out runs/vqa-lst-0 --predict "what color is the star?" --image picture.png
 
 A run's folder holds config.json, metrics.jsonl, results.json and trained.safetensors (what was trained, and nothing else); of several
@@ -70,7 +71,7 @@ def build(args: argparse.Namespace) -> nn.Module:
 
 
 def initialize(ladder: LadderT5, args: argparse.Namespace, rows: tasks.Rows) -> None:
-    """Sec. 3.3: weights for the side network out of the backbone, by the importance that --init names.  The backbone reads text alone."""
+    """Sec. 3.3: weights for the side network out of the backbone, by the importance that --init names, or out of a run.  The backbone reads text alone."""
     if args.init == "magnitude":
         prune.init_side(ladder, prune.magnitude(ladder.backbone), args.prune)
     elif args.init == "fisher":
@@ -84,6 +85,8 @@ def initialize(ladder: LadderT5, args: argparse.Namespace, rows: tasks.Rows) -> 
                 yield to_device(data.collate(tasks.draw(task, [row], args.seed, done)), args.device)
 
         prune.init_side(ladder, prune.fisher(ladder.backbone, samples(), len(order)), args.prune)
+    elif args.init != "random":  # Paper: always out of the backbone.  What one task has taught, to look for instance, helps with another
+        say(f"the side network starts as {start_from(ladder, args)} has left it in {args.init}")
 
 
 def to_device(batch: data.Batch, device: str) -> data.Batch:
@@ -153,21 +156,33 @@ def load(folder: str | Path, device: str = "cpu") -> tuple[nn.Module, Tokenizer]
     args = argparse.Namespace(**read_config(folder) | {"device": device})
     if not set(args.task.split("+")) <= TASKS.keys() or args.method not in METHODS or args.prompts not in PROMPTS:
         raise ValueError(f"{folder} holds a run of method {args.method!r} on task {args.task!r} with prompts {args.prompts!r}, which are not known here")
+    check_frozen(folder, vars(args), args)
     model = build(args)
-    fill(model, folder, args)
+    load_trained(folder, model)
     return model.eval(), load_tokenizer(args.model)
 
 
-def fill(model: nn.Module, folder: str | Path, args: argparse.Namespace) -> None:
-    """Let `model` start from what a run trained.  ValueError if that has another shape, or was beside another backbone or image tower."""
-    run = read_config(folder)
-    if other := [f"{name} = {run[name]}" for name in ("method", "r", "keep", "gates") if run[name] != getattr(args, name)]:
-        raise ValueError(f"{folder} does not fit: it has {', '.join(other)}; ask for the same, or start from another run")
+def check_frozen(folder: str | Path, run: dict, args: argparse.Namespace) -> None:
+    """ValueError if the run in this folder, whose config is `run`, was beside another backbone or image tower."""
     if (found := sha256_of_backbone(args.model)) != run["backbone_sha256"]:
         raise ValueError(f"the backbone {args.model} is not the one of {folder}: sha256 {found[:12]}..., was {run['backbone_sha256'][:12]}...")
     if tasks.has_pictures(run["task"]) and (found := sha256_of_clip(args.clip)) != run["clip_sha256"]:
         raise ValueError(f"the image tower {args.clip} is not the one of {folder}: sha256 {found[:12]}..., was {run['clip_sha256'][:12]}...")
-    load_trained(folder, model)
+
+
+def start_from(ladder: LadderT5, args: argparse.Namespace) -> str:
+    """The side network of the run that --init names; returns the run's task.  ValueError if that run has not ended, or does not fit."""
+    run = read_config(args.init)
+    if not (Path(args.init) / "results.json").is_file():
+        raise ValueError(f"the run in {args.init} has not ended: let it go on to its end (--resume), or start from another")
+    if run["method"] != "lst" or tasks.has_pictures(run["task"]) != tasks.has_pictures(args.task):
+        raise ValueError(f"{args.init} holds {run['method']} on {run['task']}, and {args.task} needs the side network of a run "
+                         f"{'about pictures' if tasks.has_pictures(args.task) else 'on texts'}: start from another")
+    if other := [f"--{name} {run[name]}" for name in ("r", "keep", "gates") if run[name] != getattr(args, name)]:
+        raise ValueError(f"the side network in {args.init} has another shape, {', '.join(other).replace('None', '(all layers)')}: ask for the same")
+    check_frozen(args.init, run, args)
+    load_trained(args.init, ladder)
+    return run["task"]
 
 
 # ------------------------------------------------------------------------------------------------------------------ main
@@ -215,8 +230,6 @@ def train(args: argparse.Namespace, out: Path) -> dict:
 
     # model: the frozen backbone and what is trained
     model, tokenizer = build(args), load_tokenizer(args.model)
-    if args.init not in INITS:  # Paper: always out of the backbone.  What one task has taught a side network, to look for instance, helps it with another
-        fill(model, args.init, args)
     backbone = model.backbone if args.method == "lst" else model
     if not 0 <= backbone.config.vocab_size - tokenizer.vocab_size < 128:  # T5's head has 28 spare rows
         raise ValueError(f"{args.model}: spiece.model has {tokenizer.vocab_size} ids, config.json's vocab_size is {backbone.config.vocab_size}: they do not belong together")
@@ -380,7 +393,10 @@ def several(args: argparse.Namespace, out: Path) -> dict:
     config, runs = {"task": args.task, "seeds": args.seeds}, []
     load_tokenizer(args.model)
     for task in args.task:  # what is missing is said now, and not when the days of the first task have passed
-        build(argparse.Namespace(**vars(args) | {"task": task}))
+        of_task = argparse.Namespace(**vars(args) | {"task": task})
+        model = build(of_task)
+        if args.init not in INITS and not args.resume:
+            start_from(model, of_task)
         datasets = tasks.load(task, args.data, args.prompts)
         if tasks.has_pictures(task):
             tasks.look(datasets, args.clip, args.device)

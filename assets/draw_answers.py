@@ -58,7 +58,8 @@ def panel(folder: str, number: int, x: float) -> tuple[str, float]:
     task = read_config(folder)["task"]
     test = data_vl.load(task, None).test
     n = len(test[0].images)  # pictures beside each other, and as many such rows
-    parts, y, gap, side = [f'<text x="{x}" y="18" font-weight="bold">{TITLES[task]}</text>'], 28, 8, (WIDTH - 8 * (n - 1)) / n
+    y, gap, parts = 28, 8, [f'<text x="{x}" y="18" font-weight="bold">{TITLES[task]}</text>']
+    side = (WIDTH - gap * (n - 1)) / n
     for keys in list(dict.fromkeys(example.images for example in test))[n * number: n * number + n]:
         parts += [picture(scenes.scene_of(key), x + i * (side + gap), y, side) for i, key in enumerate(keys)]
         y += side + gap

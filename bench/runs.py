@@ -5,8 +5,8 @@
     python bench/runs.py pictures --data easy_vqa --jobs 2         # the same for bench/pictures.json
     python bench/runs.py glue                                      # only print the tables
 
-Small models use a core better than several: --jobs 2 makes two runs at a time, which share the cores.  Each run's folder is kept, runs/<variant>-<seed>;
-one that was cut off goes on.
+Small models use a core better than several: --jobs 2 makes two runs at a time, which share the cores.  Each run's folder is kept in
+runs/glue or runs/pictures: what was cut off there goes on, what has ended is not run again before its folder is deleted.
 """
 import argparse
 import json
@@ -51,7 +51,7 @@ METHODS = {"lst": ("LST, r = 4", " --dtype bf16"), "blank": ("LST, trained witho
 EASY_VARIANTS = {f"easy-vqa-{name}": (title, f"--task easy-vqa{flags} --data easy_vqa", "") for name, (title, flags) in METHODS.items()}
 SCENE_VARIANTS = {f"{task}-{name}": (f"{title}: {METHODS[name][0]}", f"--task {task}{METHODS[name][1]}", "")
                   for task, title in (("vqa", "VQA"), ("gqa", "GQA"), ("nlvr2", "NLVR2"), ("coco", "captions, CIDEr-D")) for name in ("lst", "full")}
-SCENE_VARIANTS["nlvr2-lst"] = ("NLVR2: LST, r = 4, from VQA's run", "--task nlvr2 --dtype bf16 --init runs/vqa-lst-SEED", "")
+SCENE_VARIANTS["nlvr2-lst"] = ("NLVR2: LST, r = 4, from VQA's run", "--task nlvr2 --dtype bf16 --init runs/pictures/vqa-lst-SEED", "")
 SCENE_VARIANTS["together-lst"] = ("VQA and NLVR2 in one: LST, r = 4", "--task vqa+nlvr2 --dtype bf16", "")
 TABLES = {"glue": (SST2_VARIANTS, SMALL_VARIANTS), "pictures": (EASY_VARIANTS, SCENE_VARIANTS)}
 VARIANTS, RESULTS = {}, Path()  # what the command line chooses: the variants of its tables; the results.json of every run, and its variant
@@ -82,17 +82,20 @@ def add(run: dict) -> None:
 
 
 def train(name: str, seed: int, folder: str, jobs: int) -> tuple[str, float | None]:
-    """One run, in a process of its own and the folder runs/<name>-<seed>: a line about it, and its seconds if it went well."""
+    """One run, in a process of its own and a folder of its own: a line about it, and its seconds if it went well."""
+    if "SEED" in VARIANTS[name][1] and not (ROOT / "runs" / RESULTS.stem / f"vqa-lst-{seed}" / "results.json").exists():  # where it starts
+        line, took = train("vqa-lst", seed, folder, jobs)
+        if took is None:
+            return line, took
     own = {"python": sys.executable} | dict.fromkeys(("glue", "easy_vqa"), str(Path(folder).resolve()))  # of this machine
     words = [own.get(word, word) for word in command(name, [seed]).split()]
     environment = os.environ | {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // jobs))}
-    out = f"runs/{name}-{seed}"
+    out = f"runs/{RESULTS.stem}/{name}-{seed}"
     done = subprocess.run([*words, "--out", out, "--resume"], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     if done.returncode:
         return f"{name}, seed {seed}: failed, {done.stderr.strip().rpartition(chr(10))[2] or f'exit code {done.returncode}'}", None
     run = json.loads((ROOT / out / "results.json").read_text(encoding="utf-8"))
-    for name_of_a_path in ("data", "init"):  # on this machine; the command tells them
-        run["config"].pop(name_of_a_path)
+    run["config"] = {key: value for key, value in run["config"].items() if not str(value).startswith("/")}  # no paths of this machine
     add({"variant": name} | run | {"command": command(name, [seed]), "runs_at_a_time": jobs})
     return f"{name}, seed {seed}: {run['test']['score']:.2f} in {run['seconds']:.0f} s", run["seconds"]
 

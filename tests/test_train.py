@@ -554,24 +554,46 @@ def test_the_three_inits_start_differently(argv, tmp_path):
     assert not any(torch.equal(starts[a], starts[b]) for a, b in (("random", "magnitude"), ("magnitude", "fisher"), ("fisher", "random")))
 
 
-def test_a_run_starts_from_what_another_has_learned(learned, argv, tmp_path):
+def test_a_run_starts_from_what_another_has_learned(learned, argv, tmp_path, capsys):
     train.main(argv("--task", "rte", "--init", learned[0], "--lr", "1e-30", "--max-steps", 1))
     before, after = (load_file(out / "trained.safetensors") for out in (learned[0], tmp_path / "run"))
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert f"as sst2 has left it in {learned[0]}" in capsys.readouterr().out
+
+
+def test_once_it_has_begun_a_run_does_without_its_start(learned, argv, tmp_path):
+    start = shutil.copytree(learned[0], tmp_path / "start")
+    same = argv("--task", "rte", "--init", start, "--max-steps", 1)
+    results = train.main(same)
+    shutil.rmtree(start)
+    assert train.main([*same, "--resume"]) == results
+    train.load(tmp_path / "run")
 
 
 def test_a_start_that_does_not_fit_is_refused_and_nothing_is_written(learned, argv, backbone, tmp_path, capsys):
     start = ("--init", str(learned[0]))
-    refused(capsys, argv(*start, "--r", 2), str(learned[0]), "r = 4", "ask for the same")
-    refused(capsys, argv(*start, "--keep", 1), str(learned[0]), "keep = None")
-    refused(capsys, argv("--init", str(tmp_path)), "not the folder of a run")
-    refused(capsys, argv("--init", "fischer"), "fischer", "fisher, magnitude, random", "folder of a run")
+    refused(capsys, argv(*start, "--r", 2), str(learned[0]), "--r 4", "ask for the same")
+    refused(capsys, argv(*start, "--keep", 1), "--keep (all layers)")
     refused(capsys, argv(*start, "--method", "lora"), "--init")
+    refused(capsys, argv(*start, "--prune", "aligned"), "--prune")
+    for wrong in ("", "fischer", str(learned[0] / "config.json")):
+        refused(capsys, argv("--init", wrong), repr(wrong), "fisher, magnitude, random", "folder of a run")
+    refused(capsys, argv("--init", str(tmp_path)), "not the folder of a run")
+    half = shutil.copytree(learned[0], tmp_path / "half")
+    (half / "results.json").unlink()
+    refused(capsys, argv("--init", str(half)), "has not ended")
     copy = shutil.copytree(backbone, tmp_path / "copy")
     torch.manual_seed(1)
     save_t5(T5(T5Config.from_json(copy / "config.json")), copy)
     refused(capsys, argv(*start, "--model", copy), "not the one of", "sha256")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_start_that_does_not_fit_leaves_an_old_table_alone(learned, argv, tmp_path, capsys):
+    train.main(argv("--seeds", "0,1", "--max-steps", 1))
+    before = (tmp_path / "run" / "results.json").read_bytes()
+    refused(capsys, argv("--seeds", "0,1", "--init", str(learned[0]), "--r", 2, "--overwrite"), "ask for the same")
+    assert (tmp_path / "run" / "results.json").read_bytes() == before
 
 
 def test_keep_gives_a_rung_to_the_kept_layers_only(argv, capsys):
