@@ -84,8 +84,6 @@ def parse(argv: Sequence[str] | None, description: str) -> argparse.Namespace:
     if args.init not in INITS:
         if not args.init or not (args.resume or os.path.isdir(os.path.expanduser(args.init))):
             parser.error(f"--init {args.init!r} is no folder; choose from {', '.join(INITS)}, or name the folder of a run")
-        if (args.prune, args.fisher_samples) != (parser.get_default("prune"), parser.get_default("fisher_samples")):
-            parser.error("--prune and --fisher-samples are about weights out of the backbone, and --init names a run: leave them out")
         args.init = os.path.realpath(os.path.expanduser(args.init))
     if args.method == "lst" and args.freeze:
         parser.error("--freeze is for the other methods: --method lst freezes the whole backbone; use --keep to leave out side layers")

@@ -233,6 +233,23 @@ def test_beside_nano_the_side_network_has_settings_with_which_it_looks(method, e
     assert (args.batch_size, args.epochs, args.lr, args.epsilon, args.beta2, args.dropout) == expected
 
 
+@pytest.mark.parametrize("task, epochs", [("nlvr2", 6), ("vqa+nlvr2", 14)])
+def test_tasks_in_one_take_the_most_epochs_of_theirs(task, epochs):
+    args = options.parse(["--task", task], "")
+    args.task = task
+    options.settle(args, {name: [None] * 320 for name in task.split("+")}, sample=False)
+    assert args.epochs == epochs
+
+
+@pytest.mark.slow
+def test_nlvr2_starts_from_the_side_network_of_vqa(argv, tmp_path, capsys):
+    train.main(argv("--max-steps", 1, "--out", tmp_path / "vqa"))
+    train.main(argv("--task", "nlvr2", "--init", tmp_path / "vqa", "--lr", "1e-30", "--max-steps", 1))
+    before, after = (load_file(tmp_path / run / "trained.safetensors") for run in ("vqa", "run"))
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    refused(capsys, argv("--task", "nlvr2", "--init", tmp_path / "vqa", "--r", 2, "--overwrite"), "--r 4")
+
+
 # ---------------------------------------------------------------------------------------------------- cut off and resumed
 
 @pytest.mark.parametrize("task, steps, at", [("vqa", 5, 5), ("vqa+nlvr2", 9, 6), pytest.param("vqa+nlvr2", 9, 9, marks=pytest.mark.slow),

@@ -575,7 +575,6 @@ def test_a_start_that_does_not_fit_is_refused_and_nothing_is_written(learned, ar
     refused(capsys, argv(*start, "--r", 2), str(learned[0]), "--r 4", "ask for the same")
     refused(capsys, argv(*start, "--keep", 1), "--keep (all layers)")
     refused(capsys, argv(*start, "--method", "lora"), "--init")
-    refused(capsys, argv(*start, "--prune", "aligned"), "--prune")
     for wrong in ("", "fischer", str(learned[0] / "config.json")):
         refused(capsys, argv("--init", wrong), repr(wrong), "fisher, magnitude, random", "folder of a run")
     refused(capsys, argv("--init", str(tmp_path)), "not the folder of a run")
