@@ -490,7 +490,7 @@ def test_nlvr2_compares_the_logits_behind_the_start_token(ladder, t5):
 
 @pytest.mark.parametrize("more", [
     ("--method", "full", "--lr", "3e-3", "--max-steps", 30),
-    pytest.param(("--method", "lst", "--r", 1, "--batch-size", 8, "--max-steps", 80), marks=pytest.mark.slow)], ids=["full", "lst"])
+    pytest.param(("--method", "lst", "--r", 1, "--batch-size", 8, "--lr", "3e-3", "--max-steps", 160), marks=pytest.mark.slow)], ids=["full", "lst"])
 def test_pictures_that_tell_the_answer_are_better_than_none(argv, tmp_path, monkeypatch, more):
     """Is it a dark or a light picture?  Who does not see it guesses."""
     def examples(task, part):
