@@ -1,190 +1,197 @@
 """Ladder side network (Sec. 3.2) with layer dropping (Sec. 3.4).
 
-    source_ids -> emb ---> block 0 ---> block 1 ---> ... ---> block N-1          frozen backbone, width D
-                   | down     | down       | down                | down          rungs: N + 1 in each stack
-                  side -----> gate ------> gate ------> ... ---> gate            a block of width d after each gate
+    source_ids -> emb ---> block 0 ---> block 1 ---> ... ---> block N-1      frozen, width D
+                   | down     | down       | down                | down      a rung a kept layer
+                  side -----> gate ------> gate ------> ... ---> gate        side blocks, width d
                                + block 0    + block 1             + block N-1
                                                                     | norm; in the decoder then up
                                                                     v
                                                               frozen LM head --> logits
 
     paper                                here                   shape
-    reduction factor                     r                      int, d = D / r
+    reduction factor                     r                      int, d = D / r, as 48 = 768 / 16
     gate scalar, gate, temperature       alpha, mu, temperature (1,), (1,), float
     backbone and side activations        h_backbone, h_side     (B, S, D), (B, S, d)
     dropped layers (Sec. 3.4)            those not in keep      0-based indices
 
-Encoder and decoder have a ladder each.  The side decoder looks at the side encoder's final states, the backbone's decoder at the
-backbone's.  Only the side network trains; the letters B S T D d H K V are model.py's.
+Encoder and decoder have a ladder each. The side decoder looks at the side encoder's final states,
+the backbone's decoder at the backbone's. Only the side network trains. The letters are model.py's.
 """
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from model import T5, Decoding, Stack, T5Config, behind, generate, new_cache
+from model import (T5, Block, Decoding, Generates, Memory, PositionBias, RMSNorm, T5Config,
+                   append_images, cached_length, call, new_cache)
 
 
 def side_config(config: T5Config, r: int) -> T5Config:
-    """The backbone's shape with every width divided by r; the number of heads stays (Sec. 3.2, "Lightweight architecture")."""
-    if r < 1 or config.d_model % r or config.d_kv % r or config.d_ff % r:
-        good = [n for n in range(1, config.d_kv + 1) if not (config.d_model % n or config.d_kv % n or config.d_ff % n)]
-        raise ValueError(f"r is {r}, but it must divide d_model {config.d_model}, d_kv {config.d_kv} and d_ff {config.d_ff}: choose from {good}")
-    return replace(config, d_model=config.d_model // r, d_kv=config.d_kv // r, d_ff=config.d_ff // r)
+    """Sec. 3.2, "Lightweight architecture": every width divided by r; the heads stay."""
+    narrow = dict(d_model=config.d_model // r, d_kv=config.d_kv // r, d_ff=config.d_ff // r)
+    assert all(width * r == getattr(config, name) for name, width in narrow.items()), \
+        f"r = {r} must divide d_model {config.d_model}, d_kv {config.d_kv} and d_ff {config.d_ff}"
+    return replace(config, **narrow)
 
 
-def without_grad(climb: Iterator[Tensor]) -> Iterator[Tensor]:
-    """Take each step of the backbone under no_grad, so that autograd keeps nothing of its inside (Sec. 3.1).
-
-    What it hands out is kept where a rung needs it: `down` keeps its input for the gradient of its own weight.
-
-    The `with` stands around one step: around the whole generator it would leak to whoever consumes it.
-    """
-    while True:
-        with torch.no_grad():
-            h_backbone = next(climb, None)
-        if h_backbone is None:
-            return
-        yield h_backbone
-
-
-class Ladder(nn.Module):
+class Gate(nn.Module):
     """One rung: brings a backbone activation down and gates it into the side network.
 
-    Sec. 3.2, "Gated ladder connections".  h_side (B, S, d), h_backbone (B, S, D) -> (B, S, d)
+    Sec. 3.2, "Gated ladder connections". h_side (B, S, d), h_backbone (B, S, D) -> (B, S, d)
+    Other rungs may read the context of the blocks, too; a gate does not.
     """
 
     def __init__(self, D: int, d: int, temperature: float = 0.1):
         super().__init__()
         self.down = nn.Linear(D, d)
         self.alpha = nn.Parameter(torch.zeros(1))  # zero, so mu = 1/2 at the start
-        self.temperature = temperature
+        self.temperature = temperature  # d mu / d alpha = mu (1 - mu) / 0.1, 2.5 at the start
 
     @property
     def mu(self) -> Tensor:
         return torch.sigmoid(self.alpha / self.temperature)
 
-    def forward(self, h_side: Tensor, h_backbone: Tensor) -> Tensor:
-        # Paper: mu weighs the backbone, as printed; the authors' code lets it weigh h_side.  alpha starts at 0, so only its sign differs.
+    def forward(self, h_side: Tensor, h_backbone: Tensor, *context) -> Tensor:
+        # Paper: mu weighs the backbone, as printed; in the authors' code it weighs h_side. alpha
+        # starts at 0, so only its sign differs.
         mu = self.mu
         return mu * self.down(h_backbone.to(h_side.dtype)) + (1 - mu) * h_side
 
 
-class SideStack(Stack):
-    """A T5 stack of width d with a rung before each block; block j stands beside the backbone's layer keep[j]."""
+class SideBlock(nn.Module):
+    """A rung and its block: h_side (B, S + P, d), h_backbone (B, S, D) -> (B, S + P, d)"""
 
-    def __init__(self, config: T5Config, D: int, keep: Sequence[int], is_decoder: bool):
-        super().__init__(replace(config, num_layers=len(keep), num_decoder_layers=len(keep)), is_decoder)
-        self.keep = tuple(keep)
-        self.down_emb = nn.Linear(D, config.d_model)  # the first rung has no gate: there is no h_side yet
-        self.ladders = nn.ModuleList(Ladder(D, config.d_model) for _ in keep)
+    def __init__(self, rung: nn.Module, block: nn.Module):
+        super().__init__()
+        self.rung, self.block = rung, block
 
-    def climb(self, backbone: Iterator[Tensor], mask: Tensor | None, memory: Tensor | None = None, memory_mask: Tensor | None = None,
-              cache: list[dict] | None = None, h_visual: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Climb beside the backbone: take its embeddings, then one layer's output at a time.
-
-        backbone yields (B, S, D); mask (B, S); the decoder's memory (B, S, d) and its mask -> h_side (B, S, d), last h_backbone (B, S, D)
-        With embedded images h_visual (B, P, D) the side network reads both, [text ; images], S + P long (Sec. 4, "Vision-and-language").
-        """
-        h_backbone = next(backbone)
-        h_side, P = h_backbone.to(self.down_emb.weight.dtype), 0
-        if h_visual is not None:
-            h_side, P = torch.cat([h_side, h_visual], dim=1), h_visual.size(1)  # (B, S + P, D)
-            mask = behind(mask, h_side)
-        h_side = self.down_emb(self.dropout(h_side))  # (B, S + P, d)
-        self_bias, cross_bias = self.biases(h_side, mask, memory_mask, cache, P)
-        for i, h_backbone in enumerate(backbone):
-            if i in self.keep:  # Sec. 3.4.  Paper: the authors keep the gates of dropped layers as parameters that nothing reads; we have none.
-                j = self.keep.index(i)
-                h_side = self.run(self.rung, j, h_side, h_backbone, self_bias, memory, cross_bias, cache[j] if cache else None)
-        return self.finish(h_side), h_backbone
-
-    def rung(self, j: int, h_side: Tensor, h_backbone: Tensor, *rest) -> Tensor:
-        """Rung j and the block behind it, (B, S, d) and (B, S, D) -> (B, S, d); checkpointing keeps these two inputs alone."""
-        if (S := h_backbone.size(1)) == h_side.size(1):
-            return self.blocks[j](self.ladders[j](h_side, h_backbone), *rest)
-        # Paper: the authors' code scales the images' states by the gate; the paper adds to the text alone, and so does this.
-        text = self.ladders[j](h_side[:, :S], h_backbone)
-        return self.blocks[j](torch.cat([text, h_side[:, S:]], dim=1), *rest)
+    def forward(self, h_side: Tensor, h_backbone: Tensor, cache: dict | None, *context) -> Tensor:
+        S = h_backbone.size(1)
+        h = self.rung(h_side[:, :S], h_backbone, cache, *context)
+        if S < h_side.size(1):  # behind the text are P positions of images, which have no rung
+            # Paper: the authors' code scales their states by the gate; the paper adds to text only.
+            h = torch.cat([h, h_side[:, S:]], dim=1)  # (B, S + P, d)
+        return self.block(h, cache, *context)
 
 
-def check_keep(keep: Sequence[int] | None, config: T5Config) -> tuple[Sequence[int], Sequence[int]]:
-    """The kept layers of encoder and decoder: all of each by default, else the same list for both."""
-    if keep is None:
-        return range(config.num_layers), range(config.num_decoder_layers)
-    common = min(config.num_layers, config.num_decoder_layers)
-    if not keep or len(set(keep)) < len(keep) or not set(keep) <= set(range(common)) or any(type(i) is not int for i in keep):
-        raise ValueError(f"keep is {list(keep)}, but it must name at least one of the backbone's layers 0 to {common - 1}, each once")
-    return sorted(keep), sorted(keep)
+class SideStack(nn.Module):
+    """Side blocks beside the kept layers of a backbone, of whose architecture it knows nothing.
 
-
-class LadderT5(nn.Module):
-    """A frozen T5 and the ladder side network beside it.  Same forward and generate as T5.
-
-    r: reduction factor; keep: 0-based backbone layers that have a side layer, in encoder and decoder (default: all of them).
-    Trainable is what has `requires_grad`.  Starts at random; prune.py (Sec. 3.3) gives it weights of the backbone.
-    Of a CLIP-T5 it takes over the visual embedding: the backbone reads text alone, so the embedding's gradient comes through the side network.
+    hidden: the backbone's embeddings (B, S, D), then its layers' outputs -> (B, S, d)
+    context: what every block takes beside h; cache: a dict for each block while generating.
     """
 
-    def __init__(self, backbone: T5, r: int = 8, keep: Sequence[int] | None = None):
+    def __init__(self, blocks: Sequence[nn.Module], final_norm: nn.Module, D: int, d: int,
+                 keep: Sequence[int], rung=Gate, dropout: float = 0.0, checkpoint: bool = False):
         super().__init__()
-        D, config = backbone.config.d_model, side_config(backbone.config, r)
-        keep_encoder, keep_decoder = check_keep(keep, backbone.config)
-        self.r = r
-        self.encoder = SideStack(config, D, keep_encoder, is_decoder=False)
-        self.decoder = SideStack(config, D, keep_decoder, is_decoder=True)
-        self.up = nn.Linear(config.d_model, D)
-        for module in self.modules():  # the authors' start without pruning: N(0, 0.01^2), bias 0, norms 1, position bias N(0, 1)
-            if isinstance(module, (nn.Linear, nn.Embedding)):
-                nn.init.normal_(module.weight, std=0.01 if isinstance(module, nn.Linear) else 1.0)
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                nn.init.zeros_(module.bias)
-        self.visual, backbone.visual = backbone.visual, None
+        self.keep, self.checkpoint = tuple(keep), checkpoint
+        self.down_emb = nn.Linear(D, d)  # the first rung has no gate: there is no h_side yet
+        self.blocks = nn.ModuleList(SideBlock(rung(D, d), block) for block in blocks)
+        self.final_norm, self.dropout = final_norm, nn.Dropout(dropout)
+
+    def forward(self, hidden: Sequence, *context, cache: list[dict] | None = None) -> Tensor:
+        h_side = self.down_emb(self.dropout(hidden[0].to(self.down_emb.weight.dtype)))  # (B, S, d)
+        # Level i reads the backbone up to i only, so both could run in parallel (Sec. 1).
+        for i, block, of_block in zip(self.keep, self.blocks, cache or [None] * len(self.keep)):
+            # Sec. 3.4: a dropped layer is not here. Paper: the authors keep its gate, unread.
+            inputs = h_side, hidden[i + 1], of_block, *context
+            h_side = call(block, *inputs, recompute=self.checkpoint)  # (B, S, d)
+        return self.dropout(self.final_norm(h_side))
+
+
+def random_start(module: nn.Module) -> None:
+    """As the authors without pruning: N(0, 0.01^2), biases 0, norms 1, position bias N(0, 1)."""
+    if isinstance(module, nn.Embedding):
+        nn.init.normal_(module.weight)
+    if isinstance(module, nn.Linear):
+        nn.init.normal_(module.weight, std=0.01)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+class LadderT5(Generates, nn.Module):
+    """A frozen T5 and the ladder side network beside it. Same forward and generate as T5.
+
+    r: reduction factor, above 2 to save more than biases-only training (Sec. 3.1); keep: 0-based
+    layers that have a side layer, in encoder and decoder (default: all); rung: made by rung(D, d).
+    Trainable is what has `requires_grad`. Starts at random; prune.py (Sec. 3.3) fills in weights.
+    """
+
+    def __init__(self, backbone: T5, r: int = 8, keep: Collection[int] | None = None, rung=Gate):
+        super().__init__()
+        self.r, config = r, side_config(backbone.config, r)
+
+        def stack(num_layers: int, is_decoder: bool) -> SideStack:
+            layers = sorted(keep or range(num_layers))
+            blocks = [Block(config, is_decoder) for _ in layers]
+            norm = RMSNorm(config.d_model, config.layer_norm_epsilon)
+            return SideStack(blocks, norm, backbone.config.d_model, config.d_model, layers, rung,
+                             config.dropout_rate, config.checkpoint)
+
+        self.encoder = stack(config.num_layers, is_decoder=False)
+        self.encoder_bias = PositionBias(config, is_decoder=False)
+        self.decoder = stack(config.num_decoder_layers, is_decoder=True)
+        self.decoder_bias = PositionBias(config, is_decoder=True)
+        self.up = nn.Linear(config.d_model, backbone.config.d_model)
+        for side, bias in ((self.encoder, self.encoder_bias), (self.decoder, self.decoder_bias)):
+            blocks, rungs = zip(*((layer.block, layer.rung) for layer in side.blocks))
+            for module in (*blocks, bias, side.down_emb, *rungs):
+                module.apply(random_start)
+        self.up.apply(random_start)
+        self.visual, backbone.visual = backbone.visual, None  # the backbone reads text only
         self.to(backbone.embed.weight.device)
         self.backbone = backbone.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> "LadderT5":
-        # Paper: the authors' backbone keeps its dropout while the side network trains; ours is deterministic, as it is when it answers.
         super().train(mode)
-        self.backbone.eval()
+        self.backbone.eval()  # Paper: the authors' backbone keeps its dropout
         return self
 
-    def encode(self, source_ids: Tensor, source_mask: Tensor, images: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Final encoder states of the backbone (B, S, D) and of the side network (B, S, d), which has those of the images behind the text's."""
-        climb = without_grad(self.backbone.encoder_layers(source_ids, source_mask))
-        h_visual = None if images is None else self.visual(images, self.backbone.embed.weight)
-        memory_side, h_backbone = self.encoder.climb(climb, source_mask, h_visual=h_visual)
-        with torch.no_grad():
-            return self.backbone.encoder.finish(h_backbone), memory_side
+    def forward(self, source_ids: Tensor, source_mask: Tensor, decoder_ids: Tensor,
+                decoder_mask: Tensor | None = None, images: Tensor | None = None) -> Tensor:
+        encoder, decoder = self.hidden_states(source_ids, source_mask, decoder_ids, decoder_mask)
+        memory_side = self.encode_side(encoder, source_mask, images)
+        return self.logits(self.decode_side(decoder, decoder_mask, memory_side))
 
-    def decode(self, decoder_ids: Tensor, decoder_mask: Tensor | None, memories: tuple[Tensor, Tensor], source_mask: Tensor,
-               caches: tuple = (None, None)) -> Tensor:
-        """Logits (B, T, V): each decoder looks at the memory of its own encoder; the head is the backbone's, frozen."""
-        climb = without_grad(self.backbone.decoder_layers(decoder_ids, decoder_mask, memories[0], source_mask, caches[0]))
-        h_side, _ = self.decoder.climb(climb, decoder_mask, memories[1], behind(source_mask, memories[1]), caches[1])
-        return self.backbone.logits(self.up(h_side).to(memories[0].dtype))
+    def hidden_states(self, source_ids: Tensor, source_mask: Tensor, decoder_ids: Tensor,
+                      decoder_mask: Tensor | None = None) -> tuple[list, list]:
+        """What rungs read: frozen word embeddings, then layers' outputs (B, S, D), (B, T, D)."""
+        with torch.no_grad():  # Sec. 3.1: autograd sees nothing of the backbone
+            encoder, memory = self.backbone.encode(source_ids, source_mask, keep=self.encoder.keep)
+            return encoder, self.backbone.decode(decoder_ids, decoder_mask, memory,
+                                                 keep=self.decoder.keep)
 
-    def forward(self, source_ids: Tensor, source_mask: Tensor, decoder_ids: Tensor, decoder_mask: Tensor | None = None,
-                images: Tensor | None = None) -> Tensor:
-        return self.decode(decoder_ids, decoder_mask, self.encode(source_ids, source_mask, images), source_mask)
+    def encode_side(self, hidden: list, mask: Tensor, images: Tensor | None = None) -> Memory:
+        """Final states of the side encoder (B, S + P, d), which reads text and images (Sec. 4)."""
+        h, P = hidden[0], 0
+        if images is not None:
+            h_visual = self.visual(images, self.backbone.embed.weight)  # (B, P, D)
+            h, mask = append_images(h.to(h_visual.dtype), mask, h_visual)
+            P = h_visual.size(1)
+        self_bias, _ = self.encoder_bias(h.size(1), mask, P=P)
+        return Memory(self.encoder([h, *hidden[1:]], self_bias), mask)
 
-    def start(self, source_ids: Tensor, source_mask: Tensor, num_beams: int = 1, images: Tensor | None = None) -> Decoding:
-        memories = tuple(memory.repeat_interleave(num_beams, dim=0) for memory in self.encode(source_ids, source_mask, images))
-        caches = new_cache(len(self.backbone.decoder.blocks)), new_cache(len(self.decoder.blocks))
-        return Decoding(memories, source_mask.repeat_interleave(num_beams, dim=0), caches)
+    def decode_side(self, hidden: list, decoder_mask: Tensor | None, memory_side: Memory,
+                    cache: list[dict] | None = None) -> Tensor:
+        """Final states of the side decoder, whose cross-attention reads the side encoder's."""
+        T, past = hidden[0].size(1), cached_length(cache)
+        self_bias, cross_bias = self.decoder_bias(T, decoder_mask, memory_side.mask, past)
+        return self.decoder(hidden, self_bias, memory_side.h, cross_bias, cache=cache)
+
+    def logits(self, h_side: Tensor) -> Tensor:
+        # The head is frozen but not under no_grad: the gradient passes through it to reach `up`.
+        return self.backbone.logits(self.up(h_side).to(self.backbone.embed.weight.dtype))
+
+    def start(self, source_ids: Tensor, source_mask: Tensor,
+              images: Tensor | None = None) -> Decoding:
+        hidden, memory = self.backbone.encode(source_ids, source_mask, keep=self.encoder.keep)
+        memory_side = self.encode_side(hidden, source_mask, images)
+        caches = [new_cache(len(net.decoder.blocks)) for net in (self.backbone, self)]
+        return Decoding([memory, memory_side], caches)
 
     def step(self, ids: Tensor, state: Decoding) -> Tensor:
         """Feed one more token to each row, (B, 1) -> logits (B, V)."""
-        return self.decode(ids, None, state.memories, state.source_mask, state.caches)[:, -1]
-
-    def generate(self, source_ids: Tensor, source_mask: Tensor, max_new_tokens: int = 20, num_beams: int = 1, images: Tensor | None = None) -> Tensor:
-        """Greedy or beam search -> (B, <= max_new_tokens) ids, no start token, PAD after the end."""
-        return generate(self, source_ids, source_mask, max_new_tokens, num_beams, images)
-
-    def shut_gates(self) -> "LadderT5":
-        """mu = 0 on every rung, for good: the side network without its ladders (what Fig. 8 calls network compression)."""
-        for ladder in [*self.encoder.ladders, *self.decoder.ladders]:
-            nn.init.constant_(ladder.alpha, -torch.inf)
-            ladder.requires_grad_(False)
-        return self
+        (memory_backbone, memory_side), (cache_backbone, cache_side) = state.memories, state.caches
+        hidden = self.backbone.decode(ids, None, memory_backbone, cache_backbone, self.decoder.keep)
+        return self.logits(self.decode_side(hidden, None, memory_side, cache_side))[:, -1]

@@ -1,0 +1,1 @@
+"""What surrounds the loop: options, a run's folder, report, processes, downloads, scores of GLUE."""
