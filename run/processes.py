@@ -1,0 +1,91 @@
+"""Several processes, as torchrun starts them; in a single one each function here does nothing.
+
+Every process holds the frozen backbone and takes its share of each batch. DistributedDataParallel
+averages the gradients of what trains; the backbone has none and is never sent.
+"""
+import contextlib
+import os
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+def start(device: str) -> str:
+    """Join the processes that torchrun has started, and return this one's device."""
+    if "LOCAL_RANK" not in os.environ:
+        return device
+    if device.startswith("cuda"):
+        local, gpus = os.environ["LOCAL_RANK"], torch.cuda.device_count()
+        if device != "cuda" or int(local) >= gpus:
+            raise ValueError(f"torchrun takes --device cuda and a GPU per process: {gpus} here")
+        device = f"cuda:{local}"
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    return device
+
+
+def rank() -> int:
+    """Return 0 in the process that writes and prints."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def wrap(model: nn.Module) -> nn.Module:
+    """Return the model whose backward averages gradients over all processes."""
+    if not dist.is_initialized():
+        return model
+    # torch has no public way to leave parameters out; without this it sends the whole backbone once
+    frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
+    return DistributedDataParallel(model, forward_sync_buffers=False)
+
+
+def no_sync(model: nn.Module) -> contextlib.AbstractContextManager:
+    """Around a backward that is not the last of its step: gradients stay in their process."""
+    if isinstance(model, DistributedDataParallel):
+        return model.no_sync()
+    return contextlib.nullcontext()
+
+
+def all_reduce(value: Tensor) -> Tensor:
+    """Return the sum over all processes."""
+    if dist.is_initialized():
+        dist.all_reduce(value)
+    return value
+
+
+def gather(mine: dict) -> dict:
+    """Return the dicts of all processes merged into one."""
+    parts = [mine] * world_size()
+    if dist.is_initialized():
+        dist.all_gather_object(parts, mine)
+    return {key: value for part in parts for key, value in part.items()}
+
+
+def broadcast(value):
+    """Return rank 0's `value` in every process."""
+    values = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(values)
+    return values[0]
+
+
+def first(function: Callable, *arguments):
+    """Call a function on rank 0 only. Every process gets its result or error. Do not nest."""
+    result = error = None
+    if rank() == 0:
+        try:
+            result = function(*arguments)
+        except (ValueError, OSError) as problem:
+            error = problem
+    result, error = broadcast((result, error))
+    if error:
+        raise error
+    return result

@@ -1,0 +1,166 @@
+"""What a run prints: how far it is, its scores, its memory, its gates, and how it ends."""
+import contextlib
+import importlib.metadata
+import os
+import platform
+import resource
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch.distributed import DistError
+
+from run import processes
+
+
+def print0(text: str) -> None:
+    """Print in the first process only."""
+    if processes.rank() == 0:
+        print(text, flush=True)
+
+
+class Progress:
+    """A line that is rewritten on a terminal; elsewhere one for each tenth, and every 30 s."""
+
+    def __init__(self, title: str, total: int, begin: int = 0):
+        self.title, self.total, self.begin, self.tenths = title, total, begin, 0
+        self.start = self.shown = time.time()
+
+    def step(self, done: int, detail: str = "") -> None:
+        live, now, tenths = sys.stdout.isatty(), time.time(), done * 10 // self.total
+        due = now - self.shown > (0.2 if live else 30) or (not live and tenths > self.tenths)
+        if processes.rank() > 0 or not (due or done == self.total):
+            return
+        self.shown, self.tenths = now, tenths
+        left = int((now - self.start) / (done - self.begin) * (self.total - done))
+        parts = [f"{self.title} {done}/{self.total}", detail, f"{left // 60}:{left % 60:02d} left"]
+        line, end = "  ".join(filter(None, parts)), "\n"
+        if live:
+            width = shutil.get_terminal_size().columns - 1
+            line, end = f"\r{line[:width]:<{width}}", "\n" if done == self.total else ""
+        print(line, end=end, flush=True)
+
+
+def scores(values: dict) -> str:
+    """Metrics in percent, and what went wrong with the answers if anything did."""
+    names = [name for name in values if name not in ("score", "invalid", "undefined")]
+    names += ["score"] if len(names) > 1 else []
+    parts = [f"{name} {values[name]:.2f}" for name in names]
+    parts += [f"{values['invalid']} invalid answers"] if values["invalid"] else []
+    parts += ["correlation undefined, taken as 0"] if values["undefined"] else []
+    return ", ".join(parts)
+
+
+def gates(ladder) -> str:
+    """One bar per rung: mu, the backbone's share of what the side block reads (Sec. 3.2)."""
+    lines = ["learned gates: each rung's mu, the share of the backbone (1/2 at the start)"]
+    for name in ("encoder", "decoder"):
+        stack = getattr(ladder, name)
+        for i, block in zip(stack.keep, stack.blocks):
+            mu = block.rung.mu.item()
+            lines.append(f"  {name} layer {i:2d}  {'█' * round(30 * mu):░<30}  {mu:.2f}")
+    return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------ memory and machine
+
+STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")  # Linux
+
+
+def reset_peak(device: str) -> None:
+    """Begin a new peak, where the system can (Linux, CUDA): each of several runs has its own."""
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats(device)
+    with contextlib.suppress(OSError):
+        CLEAR.write_text("5")
+
+
+def peak_memory(device: str) -> tuple[int, str]:
+    """Return bytes, and what they are the peak of."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device), "CUDA's peak"
+    with contextlib.suppress(OSError, StopIteration):
+        line = next(line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024, "the process's peak"
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "the process's peak"
+
+
+def versions() -> dict[str, str]:
+    packages = ("torch", "numpy", "safetensors", "sentencepiece")
+    found = {name: importlib.metadata.version(name) for name in packages}
+    return {"python": platform.python_version(), **found}
+
+
+def hardware(device: str) -> str:
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    name = platform.machine()
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line for line in lines if line.startswith("model name")).split(":")[1].strip()
+    return f"{torch.get_num_threads()} threads of {name}"
+
+
+# ------------------------------------------------------------------------------------- how it ends
+
+def exit_cleanly(run: Callable[[], dict]) -> dict:
+    """Return run(), or end with a line and an exit code: bad input, a failing disk or too little
+    memory with 2, a loss that is not finite with 1, Ctrl-C with 130, SIGTERM with 143."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # closed by the shell
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a terminal may not be able to show a bar
+    try:
+        with stop_signals(at_once=True):
+            return run()
+    except KeyboardInterrupt as stop:
+        number = stop.args[0] if stop.args else signal.SIGINT
+        line, code = "interrupted" if number == signal.SIGINT else "terminated", 128 + number
+    except (ValueError, OSError, FloatingPointError, RuntimeError, MemoryError) as error:
+        line, code = f"error: {explain(error)}", 1 if isinstance(error, FloatingPointError) else 2
+    if processes.world_size() > 1:
+        line = f"[process {processes.rank()}] {line}"
+    print(line, file=sys.stderr)
+    raise SystemExit(code)
+
+
+def explain(error: Exception) -> str:
+    """Return what the user can do about it in one line. Another error is raised again: a bug."""
+    text = "".join(c if c.isprintable() else "?" for c in " ".join(str(error).split()))
+    if isinstance(error, (ValueError, OSError, FloatingPointError)):
+        return text
+    out_of_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    if out_of_memory or "can't allocate memory" in text:  # the last: on a CPU
+        return "not enough memory: try a smaller --batch-size, or --accumulate for more passes"
+    if "gloo" in text or isinstance(error, DistError):
+        return "another process has ended; its own line says why"
+    raise error
+
+
+@contextlib.contextmanager
+def stop_signals(at_once: bool = False) -> Iterator[list[int]]:
+    """Collect Ctrl-C and SIGTERM in a list, so that a step can end and be saved.
+
+    The second one interrupts, but not under torchrun, which sends each again. What a background job
+    is told to ignore stays ignored.
+    """
+    received: list[int] = []
+
+    def receive(number: int, frame) -> None:
+        if at_once or (received and processes.world_size() == 1):
+            raise KeyboardInterrupt(number)
+        received.append(number)
+
+    main = threading.current_thread() is threading.main_thread()  # others cannot have signals
+    before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)
+              if main and signal.getsignal(number) is not signal.SIG_IGN}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,423 @@
+"""A run that is cut off, at any moment and in any way, goes on to the same weights, scores and log.
+
+Processes are really killed: a toy run at each call that touches the disk, train.py at random.
+"""
+import contextlib
+import itertools
+import json
+import multiprocessing
+import os
+import random
+import resource
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import train
+from run import files, folder
+from run.report import exit_cleanly, versions
+from workshop import contents, logged, refused, without, write
+
+pytestmark = pytest.mark.usefixtures("children")
+CONFIG = {"task": "toy", "model": "here", "lr": 0.1, "seed": 0, "keep": [1, 2]}
+
+
+# --------------------------------------------------------------------------------------- workshop
+
+def toy_model(width=3):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, width), nn.Linear(width, 2), nn.Linear(2, 2, bias=False))
+    model[0].requires_grad_(False)
+    parameters = folder.trainable(model).values()
+    return model, torch.optim.AdamW(parameters, lr=0.1, fused=True)
+
+
+def toy(out, **changes):
+    """Three epochs of four steps, the second the best, saved every two steps, and resumed."""
+    model, optimizer = toy_model()
+    with folder.lock(out):
+        run = folder.Run(out, CONFIG | changes, {"command": "toy"}, resume=True)
+        if run.results:
+            return run.results
+        run.load(model, optimizer)
+        run.begin()
+        for epoch in range(run.epochs, 3):
+            while run.step < 4 * (epoch + 1):
+                for p in (model[1].weight, model[1].bias):  # the last layer has no gradient
+                    p.grad = p.detach().sin() + run.step
+                optimizer.step()
+                run.step += 1
+                run.log({"step": run.step, "sum": model[1].weight.sum().item()})
+                if run.step % 2 == 0:
+                    run.save(model, optimizer)
+            run.end_epoch(model, optimizer, {"score": [50.0, 70.0, 60.0][epoch]})
+        folder.load_trained(out, model)
+        return run.finish({"test": model[1].weight.sum().item()})
+
+
+def work(function, argument, said, at=None, largest_file=None):
+    """What a child does. at=(module, function, n, signal): the signal comes at the n-th call;
+    largest_file: the disk is full when a file has so many bytes."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a script's background
+    sys.stdout = sys.stderr = open(said, "a")
+    if at:
+        module, name, number, sign = at
+        original, calls = getattr(sys.modules[module], name), itertools.count(1)
+
+        def called(*arguments):
+            if next(calls) == number:
+                os.kill(os.getpid(), sign)
+            return original(*arguments)
+
+        setattr(sys.modules[module], name, called)
+    if largest_file:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+    function(argument)
+
+
+def start(function, argument, out, **how):
+    child = multiprocessing.get_context("forkserver").Process(
+        target=work, args=(function, argument, out.with_suffix(".said")), kwargs=how)
+    child.start()
+    return child
+
+
+def run(function, argument, out, **how):
+    """Its exit code; negative: the signal that killed it."""
+    child = start(function, argument, out, **how)
+    child.join(60)
+    assert child.exitcode is not None, "the run hangs"
+    return child.exitcode
+
+
+def run_toy(out):
+    exit_cleanly(lambda: toy(out))
+
+
+def run_train(argv):
+    train.main(argv)
+
+
+def said(out):
+    return out.with_suffix(".said").read_text()
+
+
+def what_counts(out):
+    """Weights, log and results of a run, times and memory aside."""
+    log = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    results = json.loads((out / "results.json").read_text())
+    for row in (*log, results):
+        for name in ("seconds", "peak_memory_bytes", "command"):
+            row.pop(name, None)
+    weights = load_file(out / "trained.safetensors")
+    weights = {name: tensor.numpy().tobytes() for name, tensor in weights.items()}
+    return weights, log, results, sorted(path.name for path in out.iterdir())
+
+
+def same(out, straight):
+    for ours, theirs, name in zip(what_counts(out), straight, "weights log results files".split()):
+        assert ours == theirs, f"{name} differ"
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """What counts of a toy run that was never interrupted."""
+    out = tmp_path_factory.mktemp("straight") / "run"
+    toy(out)
+    return what_counts(out)
+
+
+@pytest.fixture(scope="module")
+def once(tmp_path_factory):
+    out = tmp_path_factory.mktemp("cut") / "run"
+    assert run(run_toy, out, out, at=("os", "replace", 7, signal.SIGKILL)) == -signal.SIGKILL
+    return out
+
+
+@pytest.fixture
+def cut(once, tmp_path):
+    """The folder of a toy run that was killed in its second epoch, when the state was saved."""
+    return shutil.copytree(once, tmp_path / "run")
+
+
+# ------------------------------------------------------------------------------------------- kill
+
+@pytest.mark.parametrize("name", [pytest.param("fsync", marks=pytest.mark.slow), "replace",
+                                  pytest.param("unlink", marks=pytest.mark.slow)])
+def test_killed_at_each_call_that_touches_the_disk_it_goes_on_to_the_same_end(
+        straight, tmp_path, name):
+    for number in itertools.count(1):
+        out = tmp_path / f"run{number}"
+        code = run(run_toy, out, out, at=("os", name, number, signal.SIGKILL))
+        if code == 0:
+            break
+        assert code == -signal.SIGKILL
+        folder.check_folder(out, overwrite=False, resume=True)
+        toy(out)  # the lock of a killed run is no lock
+        same(out, straight)
+    assert number > 10, "it was hardly killed"
+
+
+@pytest.fixture(scope="session")
+def trained(backbone, glue, tmp_path_factory):
+    """(arguments without --out, what counts of an uninterrupted run, its seconds) of train.py."""
+    out = tmp_path_factory.mktemp("straight") / "run"
+    argv = ["--model", str(backbone), "--data", str(glue), *(
+        "--task sst2 --r 4 --device cpu --lr 1e-2 --warmup-steps 3 --epochs 3 --batch-size 8 "
+        "--max-train-rows 40 --save-steps 2 --init fisher --fisher-samples 4").split()]
+    run(print, "the first child waits for torch", out)
+    began = time.time()
+    assert run(run_train, [*argv, "--out", str(out)], out) == 0, said(out)
+    return argv, what_counts(out), time.time() - began
+
+
+@pytest.mark.slow
+def test_killed_again_and_again_at_random_moments(trained, tmp_path):
+    """A run is killed after a random time, resumed, killed ... until it ends by itself."""
+    dice, kills, late = random.Random(0), 0, 0
+    for trial in range(10):
+        out = tmp_path / f"run{trial}"
+        for _ in range(100):
+            child = start(run_train, [*trained[0], "--out", str(out), "--resume"], out)
+            child.join(dice.uniform(0.1, 1.0) * trained[2])
+            child.kill()  # SIGKILL
+            child.join()
+            if child.exitcode == 0:
+                break
+            assert child.exitcode == -signal.SIGKILL, said(out)
+            kills, late = kills + 1, late + (out / "state.safetensors").exists()
+        same(out, trained[1])
+    assert kills > 5 and late > 0, (kills, late)
+
+
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow),
+                                    signal.SIGINT])
+def test_told_to_stop_it_saves_the_step_and_goes_on_from_there(trained, tmp_path, number):
+    out = tmp_path / "run"
+    argv, log = [*without("--save-steps", trained[0]), "--out", str(out)], out / "metrics.jsonl"
+    child = start(run_train, [*argv, "--save-steps", "1000"], out)
+    while child.is_alive() and not (log.exists() and '"step": 2,' in log.read_text()):
+        time.sleep(0.001)
+    os.kill(child.pid, number)
+    child.join(60)
+    assert child.exitcode == 128 + number, said(out)
+    assert "--resume" in said(out) and "Traceback" not in said(out)
+    steps = len(logged(out, "loss"))
+    assert 2 <= steps < 15 and f"stopped after {steps} of 15 steps" in said(out)
+    assert run(run_train, [*argv, "--resume"], out) == 0
+    assert f"goes on after step {steps} of 15" in said(out)
+    same(out, trained[1])
+
+
+@pytest.mark.slow
+def test_told_to_stop_while_it_evaluates_it_stops_when_the_epoch_is_saved(trained, tmp_path):
+    out = tmp_path / "run"
+    argv = [*trained[0], "--seeds", "0,1", "--out", str(out)]
+    at = ("train", "evaluate", 1, signal.SIGTERM)
+    assert run(run_train, argv, out, at=at) == 128 + signal.SIGTERM, said(out)
+    assert not (out / "sst2-1").exists() and logged(out / "sst2-0", "val")
+    assert run(run_train, [*argv, "--resume"], out) == 0
+    assert what_counts(out / "sst2-0")[:2] == trained[1][:2]
+
+
+# ----------------------------------------------------------------------------- what is not resumed
+
+@pytest.fixture(scope="session")
+def killed(trained, tmp_path_factory):
+    """The folder of a train.py that was killed after its first save."""
+    out = tmp_path_factory.mktemp("killed") / "run"
+    argv = [*trained[0], "--out", str(out)]
+    assert run(run_train, argv, out, at=("os", "replace", 4, signal.SIGKILL)) == -signal.SIGKILL
+    assert (out / "state.safetensors").exists()
+    return out
+
+
+@pytest.mark.parametrize("more, words", [
+    (("--resume", "--lr", "0.5", "--seed", "3", "--accumulate", "2"),
+     ("lr was 0.01, is 0.5", "seed was 0, is 3", "accumulate was 1, is 2", "--overwrite")),
+    (("--resume", "--task", "rte"), ("task was sst2, is rte", "data_sha256 was")),
+    (("--resume", "--model", "{other}"), ("backbone_sha256 was",)),
+    ((), ("not empty", "--resume", "--overwrite")), (("--resume", "--overwrite"), ("--resume",)),
+], ids=lambda part: " ".join(part)[:20])
+def test_train_goes_on_only_as_it_began(trained, killed, backbone, tmp_path, capsys, more, words):
+    other = shutil.copytree(backbone, tmp_path / "other")
+    config = json.loads((other / "config.json").read_text()) | {"dropout_rate": 0.2}
+    (other / "config.json").write_text(json.dumps(config))
+    more, before = [part.format(other=other) for part in more], contents(killed)
+    refused(capsys, [*trained[0], "--out", str(killed), *more], *words)
+    assert contents(killed) == before
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_after_a_refusal_and_when_its_files_have_moved(
+        trained, killed, backbone, glue, tmp_path, capsys):
+    out = shutil.copytree(killed, tmp_path / "run")
+    argv = [*trained[0], "--out", str(out)]
+    refused(capsys, [*argv, "--resume", "--lr", "0.5"], "lr was 0.01, is 0.5")
+    with folder.lock(out):
+        refused(capsys, [*argv, "--resume"], "another run works in", str(out))
+    moved = [str(shutil.copytree(old, tmp_path / old.name)) for old in (backbone, glue)]
+    more = ["--resume", "--model", moved[0], "--data", moved[1]]
+    assert run(run_train, [*argv, *more], out) == 0, said(out)
+    assert what_counts(out)[0] == trained[1][0]
+    assert run(run_train, [*argv, "--overwrite"], out) == 0
+    same(out, trained[1])
+
+
+@pytest.mark.parametrize("name, how, words", [
+    ("thesis.txt", dict(overwrite=False, resume=False), "is not empty.*--resume.*--overwrite"),
+    ("thesis.txt", dict(overwrite=False, resume=True), "holds no run that could go on"),
+    ("spiece.model", dict(overwrite=True, resume=False), "holds a backbone"),
+    ("model.safetensors", dict(overwrite=False, resume=True), "holds a backbone")])
+def test_a_folder_with_other_things_is_refused(tmp_path, name, how, words):
+    write(tmp_path / name, "years of work")
+    with pytest.raises(ValueError, match=words):
+        folder.check_folder(tmp_path, **how)
+
+
+def test_a_run_that_has_ended_is_left_as_it_is(tmp_path):
+    results, before = toy(tmp_path / "run"), contents(tmp_path / "run")
+    assert " ".join(map(str, before)) == (
+        "config.json metrics.jsonl results.json trained.safetensors")
+    write(tmp_path / "run" / "state.safetensors", "killed before it was removed")
+    assert toy(tmp_path / "run") == results and contents(tmp_path / "run") == before
+
+
+@pytest.mark.parametrize("name", ["state.safetensors", "config.json", "results.json"])
+@pytest.mark.parametrize("damage", ["cut", "flipped", "empty"])
+def test_a_damaged_file_is_one_line_and_costs_nothing(cut, name, damage):
+    if name == "results.json":
+        write(cut / name, "{}")
+    whole, middle = (cut / name).read_bytes(), (cut / name).stat().st_size // 2
+    flipped = whole[:middle] + bytes([whole[middle] ^ 255]) + whole[middle + 1:]
+    (cut / name).write_bytes({"cut": whole[:middle], "flipped": flipped, "empty": b""}[damage])
+    before = contents(cut)
+    with pytest.raises(ValueError, match=f"{name} is damaged"):
+        toy(cut)
+    assert contents(cut) == before
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "trained.safetensors", "state.safetensors"])
+def test_a_resume_that_lacks_what_was_written_is_one_line(cut, name):
+    if name.startswith("state"):  # another file in its place
+        shutil.copy(cut / "trained.safetensors", cut / name)
+    else:
+        (cut / name).unlink()
+    with pytest.raises(ValueError, match=f"cannot go on.*{name}"):
+        toy(cut)
+
+
+@pytest.mark.parametrize("name", ["state.safetensors", "trained.safetensors"])
+def test_every_damaged_byte_of_a_file_of_tensors_is_noticed(cut, name):
+    path, dice = cut / name, random.Random(0)
+    whole = path.read_bytes()
+    damaged = [whole[:end] for end in (0, 1, 7, 8, 9, 100, len(whole) // 2, len(whole) - 1)]
+    damaged += [b"version https://git-lfs.github.com/spec/v1\n", b"<!DOCTYPE html>", whole + b"0"]
+    for place in [*range(300), *(dice.randrange(len(whole)) for _ in range(300))]:
+        byte = whole[place] ^ 1 << dice.randrange(8)
+        damaged.append(whole[:place] + bytes([byte]) + whole[place + 1:])
+    for content in damaged:
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=f"{path} is damaged or was not written by"):
+            files.read_tensors(path)
+
+
+# ---------------------------------------------------------------------------------- disk and lock
+
+def test_a_full_disk_is_one_line_and_the_old_state_is_kept(cut, straight):
+    state = (cut / "state.safetensors").read_bytes()
+    assert run(run_toy, cut, cut, largest_file=len(state) // 2) == 2
+    last = said(cut).splitlines()[-1]
+    assert last.startswith("error: ") and "state.safetensors" in last and "kept" in last
+    assert (cut / "state.safetensors").read_bytes() == state and not list(cut.glob("*.partial"))
+    toy(cut)
+    same(cut, straight)
+
+
+def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path):
+    files.write_text(tmp_path / "a", "old")
+    with contextlib.suppress(KeyboardInterrupt), files.atomic_write(tmp_path / "a") as partial:
+        partial.write_text("half")
+        raise KeyboardInterrupt
+    assert contents(tmp_path) == {Path("a"): b"old"}
+    (tmp_path / "b.partial").mkdir()
+    with pytest.raises(OSError, match="cannot write .*/b: "):
+        files.write_tensors(tmp_path / "b", {"x": torch.ones(1)}, {})
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused(cut, tmp_path, monkeypatch):
+    write(tmp_path / "a file", "text")
+    for path in (tmp_path / "a file", tmp_path / "a file" / "run", Path("/dev/null/run")):
+        with pytest.raises(OSError, match=str(path)), folder.lock(path):
+            pass
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
+    with pytest.raises(ValueError, match="cannot be written to"):
+        toy(cut)
+
+
+def test_a_second_run_in_a_folder_is_refused_and_an_empty_folder_is_removed(tmp_path):
+    out = tmp_path / "run"
+    with folder.lock(out):  # still empty, as during the Fisher pass
+        with pytest.raises(ValueError, match="another run works in"):
+            toy(out)
+        assert out.is_dir()
+    assert not out.exists(), "nothing was written, so nothing is left"
+
+
+# ------------------------------------------------------------------------------------- the folder
+
+def test_overwrite_replaces_a_run_and_touches_nothing_else(argv, tmp_path, capsys):
+    out = tmp_path / "run"
+    write(out / "thesis.txt", "years of work")
+    refused(capsys, argv("--max-steps", 1), str(out), "not empty", "--overwrite")
+    assert list(contents(out)) == [Path("thesis.txt")]
+    for seed in (3, 7):
+        assert train.main(argv("--max-steps", 1, "--overwrite", "--seed", seed))["seed"] == seed
+        assert json.loads((out / "results.json").read_text())["seed"] == seed
+    assert (out / "thesis.txt").read_text() == "years of work\n"
+    assert len(logged(out, "loss")) == 1
+
+
+def test_without_out_each_run_has_its_own_folder(argv, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = [folder.new_folder("sst2-lst").name for _ in range(2)]  # two that start together
+    train.main(without("--out", argv("--max-steps", 1)))
+    assert [*names, "sst2-lst-2"] == sorted(path.name for path in Path("runs").iterdir())
+    assert [path.parent.name for path in Path("runs").glob("*/results.json")] == ["sst2-lst-2"]
+
+
+def test_weights_that_do_not_fit_are_refused(cut):
+    assert folder.read_config(cut) == CONFIG
+    with pytest.raises(ValueError, match=r"does not fit: missing, unexpected or misshapen \['1.we"):
+        folder.load_trained(cut, toy_model(width=4)[0])
+    with pytest.raises(ValueError, match=r"does not fit: .*\['1.bias', '1.weight', '2.weight'\]"):
+        folder.load_trained(cut, nn.Linear(3, 4).requires_grad_(False))
+    shutil.copy(cut / "state.safetensors", cut / "trained.safetensors")
+    with pytest.raises(ValueError, match="trained.safetensors is not what a run has kept"):
+        folder.read_config(cut)
+    save_file({"x": torch.ones(1)}, cut / "trained.safetensors", metadata={"config": "{}"})
+    with pytest.raises(ValueError, match="was not written by us"):  # it has no checksum
+        folder.read_config(cut)
+
+
+# ------------------------------------------------------------------------------------- provenance
+
+def test_results_say_where_they_come_from(argv, tmp_path):
+    results = train.main(argv("--max-steps", 1))
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    for held in (results, config):
+        assert held["command"].startswith("python train.py --task sst2")
+        assert "--max-steps 1" in held["command"] and held["versions"] == versions()
+        assert "threads" in held["hardware"]
+    assert len(config["data_sha256"]) == len(config["backbone_sha256"]) == 64
+    assert results["config"].items() <= config.items()
+    assert config["seconds"] == results["seconds"] > 0
+    assert config["peak_memory_bytes"] == results["peak_memory_bytes"] > 2**20
