@@ -12,27 +12,22 @@ class Parser(argparse.ArgumentParser):
 
 
 def whole(text: str, least: int = 0) -> int:
-    whole_number = text.isascii() and text.isdecimal() and len(text) <= 10
-    if not whole_number or not least <= int(text) <= 10**9:
-        raise argparse.ArgumentTypeError(
-            f"{text[:20]!r} is not a whole number from {least} to 10^9")
+    if not (text.isascii() and text.isdecimal() and least <= int(text[:11]) <= 10**9):
+        wrong = f"{text[:20]!r} is not a whole number from {least} to 10^9"
+        raise argparse.ArgumentTypeError(wrong)
     return int(text)
 
 
 def positive(text: str) -> int:
-    return whole(text, 1)
+    return whole(text, least=1)
 
 
-def layers(text: str) -> list[int]:
-    try:
-        return [whole(part) for part in text.split(",")]
-    except argparse.ArgumentTypeError:
-        message = f"{text!r} is not a list of 0-based layers such as 1,3,5"
-        raise argparse.ArgumentTypeError(message) from None
+def numbers(text: str) -> list[int]:
+    """0,2,5: seeds, or 0-based layers; each once."""
+    found = [whole(part) for part in text.split(",")]
+    if len(set(found)) < len(found):
+        raise argparse.ArgumentTypeError(f"{text!r} names a number twice")
+    return found
 
 
-def seeds(text: str) -> list[int]:
-    numbers = [whole(part) for part in text.split(",")]
-    if len(set(numbers)) < len(numbers):
-        raise argparse.ArgumentTypeError(f"{text!r} names a seed twice")
-    return numbers
+layers = seeds = numbers

@@ -1,8 +1,8 @@
 """What a run prints: how far it is, its scores, its memory, its gates, and how it ends."""
 import contextlib
-import importlib.metadata
 import os
 import platform
+import re
 import resource
 import shutil
 import signal
@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -38,29 +39,26 @@ class Progress:
             return
         self.shown, self.tenths = now, tenths
         left = int((now - self.start) / (done - self.begin) * (self.total - done))
-        parts = [f"{self.title} {done}/{self.total}", detail, f"{left // 60}:{left % 60:02d} left"]
-        line, end = "  ".join(filter(None, parts)), "\n"
+        line = f"{self.title} {done}/{self.total}  {detail}  {left // 60}:{left % 60:02d} left"
         if live:
             width = shutil.get_terminal_size().columns - 1
-            line, end = f"\r{line[:width]:<{width}}", "\n" if done == self.total else ""
-        print(line, end=end, flush=True)
+            line = f"\r{line[:width]:<{width}}"
+        print(line, end="" if live and done < self.total else "\n", flush=True)
 
 
 def scores(values: dict) -> str:
     """Metrics in percent, and what went wrong with the answers if anything did."""
-    names = [name for name in values if name not in ("score", "invalid", "undefined")]
-    names += ["score"] if len(names) > 1 else []
-    parts = [f"{name} {values[name]:.2f}" for name in names]
+    parts = [f"{name} {value:.2f}" for name, value in values.items()
+             if name not in ("score", "invalid", "undefined")]
+    parts += [f"score {values['score']:.2f}"] if len(parts) > 1 else []
     parts += [f"{values['invalid']} invalid answers"] if values["invalid"] else []
-    parts += ["correlation undefined, taken as 0"] if values["undefined"] else []
-    return ", ".join(parts)
+    return ", ".join(parts + ["correlation undefined, taken as 0"] * bool(values["undefined"]))
 
 
 def gates(ladder) -> str:
     """One bar per rung: mu, the backbone's share of what the side block reads (Sec. 3.2)."""
     lines = ["learned gates: each rung's mu, the share of the backbone (1/2 at the start)"]
-    for name in ("encoder", "decoder"):
-        stack = getattr(ladder, name)
+    for name, stack in (("encoder", ladder.encoder), ("decoder", ladder.decoder)):
         for i, block in zip(stack.keep, stack.blocks):
             mu = block.rung.mu.item()
             lines.append(f"  {name} layer {i:2d}  {'█' * round(30 * mu):░<30}  {mu:.2f}")
@@ -69,41 +67,36 @@ def gates(ladder) -> str:
 
 # ------------------------------------------------------------------------------ memory and machine
 
-STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")  # Linux
-
-
 def reset_peak(device: str) -> None:
     """Begin a new peak, where the system can (Linux, CUDA): each of several runs has its own."""
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats(device)
     with contextlib.suppress(OSError):
-        CLEAR.write_text("5")
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_memory(device: str) -> tuple[int, str]:
     """Return bytes, and what they are the peak of."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device), "CUDA's peak"
-    with contextlib.suppress(OSError, StopIteration):
-        line = next(line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024, "the process's peak"
+    with contextlib.suppress(OSError, IndexError):
+        kib = Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]
+        return int(kib) * 1024, "the process's peak"
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "the process's peak"
 
 
 def versions() -> dict[str, str]:
-    packages = ("torch", "numpy", "safetensors", "sentencepiece")
-    found = {name: importlib.metadata.version(name) for name in packages}
-    return {"python": platform.python_version(), **found}
+    names = ("torch", "numpy", "safetensors", "sentencepiece")
+    return {"python": platform.python_version()} | {name: version(name) for name in names}
 
 
 def hardware(device: str) -> str:
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
     name = platform.machine()
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line for line in lines if line.startswith("model name")).split(":")[1].strip()
+    with contextlib.suppress(OSError, IndexError):
+        name = re.findall("model name\\s*: (.*)", Path("/proc/cpuinfo").read_text())[0]
     return f"{torch.get_num_threads()} threads of {name}"
 
 
@@ -114,7 +107,7 @@ def exit_cleanly(run: Callable[[], dict]) -> dict:
     memory with 2, a loss that is not finite with 1, Ctrl-C with 130, SIGTERM with 143."""
     sys.stdout = sys.stdout or open(os.devnull, "w")  # closed by the shell
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # a terminal may not be able to show a bar
+        sys.stdout.reconfigure(errors="replace")  # not every terminal can show a bar
     try:
         with stop_signals(at_once=True):
             return run()

@@ -1,0 +1,370 @@
+"""vision/clip.py against transformers 4 and 5 and open_clip: by files that these libraries wrote
+(fixtures/make_clip.py), and live where they are installed."""
+import json
+import os
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from fixtures.make_clip import FIXTURES, TEXT, random_images, randomise
+from vision.clip import CLIP_PUBLIC, ModifiedResNet, ViT, load_clip, sha256_of_clip
+
+KINDS = ("model", "shards", "CLIPVisionModel", "CLIPVisionModelWithProjection")
+SAVED = ["clip-vit", "clip-vit-open", "clip-resnet", "clip-open/custom", "clip-open/tower",
+         *(f"clip-transformers{version}/{kind}" for version in (4, 5) for kind in KINDS)]
+WEIGHTS = {"clip-vit": "model.safetensors", "clip-vit-open": "open_clip_model.safetensors",
+           "clip-resnet": "open_clip_model.safetensors"}
+each_tower = pytest.mark.parametrize("name", WEIGHTS)
+
+
+@pytest.fixture(autouse=True)
+def no_hub(monkeypatch, tmp_path):
+    """No test reaches the network or the Hugging Face cache of whoever runs it."""
+    for name in ("HF_HUB_CACHE", "HF_ENDPOINT", "HF_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "no-huggingface-cache"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+def expected(name):
+    path = FIXTURES / name / "expected.safetensors"
+    saved = load_file(path if path.exists() else path.parent.parent / path.name)
+    return saved["images"].float(), saved["tokens"]
+
+
+def assert_close(ours, theirs):
+    assert ours.shape == theirs.shape
+    assert (ours - theirs).abs().max() <= 2e-6 * max(1, theirs.abs().max())
+
+
+def folder_with(folder, name, weights=None, **settings):
+    """A copy of a fixture; `weights` changes its tensors, `settings` what its config says."""
+    shutil.copytree(FIXTURES / name, folder, dirs_exist_ok=True)
+    if weights:
+        state = load_file(folder / WEIGHTS[name])
+        save_file(weights(state) or state, folder / "new.safetensors")
+        os.replace(folder / "new.safetensors", folder / WEIGHTS[name])
+    for path in folder.glob("*config.json"):
+        raw = json.loads(path.read_text())
+        clip = raw.get("model_cfg", raw)
+        clip.get("vision_cfg", clip.get("vision_config", clip)).update(settings)
+        path.write_text(json.dumps(raw))
+    return folder
+
+
+# ------------------------------------------------------------------ the same numbers as others
+
+@pytest.mark.parametrize("name", SAVED)
+def test_tokens_equal_those_of_the_library_that_saved_the_tower(name):
+    images, tokens = expected(name)
+    assert_close(load_clip(FIXTURES / name)(images), tokens)
+
+
+@pytest.mark.parametrize("name, eps", [
+    ("clip-vit", 1e-5), ("clip-vit-open", 1e-5), ("clip-open/custom", 0.01),
+    ("clip-transformers4/CLIPVisionModel", 0.01), ("clip-transformers5/CLIPVisionModel", 0.01)])
+def test_the_epsilon_of_the_norms_is_that_of_the_config_or_the_published_one(tmp_path, name, eps):
+    images, tokens = expected(name)
+    modules = list(load_clip(FIXTURES / name).modules())
+    assert {m.eps for m in modules if isinstance(m, torch.nn.LayerNorm)} == {eps}
+    other = {"norm_kwargs": {"eps": 0.1}} if "open" in name else {"layer_norm_eps": 0.1}
+    tower = load_clip(folder_with(tmp_path, name, **other))
+    assert (tower(images) - tokens).abs().max() > 0.01, "the fixture does not tell"
+
+
+def random_vision(seed):
+    draw = random.Random(seed)
+    heads, patch, size = draw.randint(1, 5), draw.randint(2, 5), draw.randint(2, 5)
+    return dict(hidden_size=heads * draw.randint(2, 9), num_attention_heads=heads,
+                patch_size=patch, image_size=patch * size, num_hidden_layers=draw.randint(1, 4),
+                intermediate_size=draw.randint(5, 60), hidden_act=("gelu", "quick_gelu")[seed % 2],
+                layer_norm_eps=draw.choice([1e-5, 1e-6, 0.1]))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_random_vits_equal_transformers_live(seed, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = random_vision(seed)
+    reference = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**config))
+    randomise(reference, seed).save_pretrained(tmp_path)
+    images = random_images(seed, 2, config["image_size"], config["image_size"])
+    with torch.no_grad():
+        assert_close(load_clip(tmp_path)(images), reference(images).last_hidden_state[:, 1:])
+
+
+@pytest.mark.parametrize("seed", range(4))
+@torch.no_grad()
+def test_random_resnets_equal_open_clip_live(seed, tmp_path):
+    draw = random.Random(seed)
+    vision = dict(layers=[draw.randint(1, 3) for _ in range(4)], width=2 * draw.randint(1, 6),
+                  image_size=32 * draw.randint(1, 3), head_width=32, patch_size=None)
+    model = pytest.importorskip("open_clip.model")
+    reference = randomise(model.CLIP(embed_dim=6, vision_cfg=vision, text_cfg=TEXT), seed)
+    state = {key: tensor.contiguous() for key, tensor in reference.state_dict().items()}
+    save_file(state, tmp_path / "open_clip_model.safetensors")
+    config = {"model_cfg": {"vision_cfg": vision}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    images = random_images(seed, 2, vision["image_size"], vision["image_size"])
+    visual, x = reference.visual, reference.visual.stem(images)
+    grid = visual.layer4(visual.layer3(visual.layer2(visual.layer1(x))))
+    assert_close(load_clip(tmp_path)(images), grid.flatten(2).mT)
+
+
+# --------------------------------------------------------------------------- the published sizes
+
+PUBLISHED = {  # tower, P, C, its parameters; pooled width and parameters of the whole image tower
+    "RN50": (ModifiedResNet, (224, 64, (3, 4, 6, 3)), 49, 2048, 23_527_264, 1024, 38_316_896),
+    "RN101": (ModifiedResNet, (), 49, 2048, 42_519_392, 512, 56_259_936),
+    "RN50x4": (ModifiedResNet, (288, 80, (4, 6, 10, 6)), 81, 2560, 65_619_640, 640, 87_137_080),
+    "RN50x16": (ModifiedResNet, (384, 96, (6, 8, 18, 8)), 144, 3072, 136_202_640, 768, 167_328_912),
+    "RN50x64": (ModifiedResNet, (448, 128, (3, 15, 36, 10)), 196, 4096, 365_034_176, 1024,
+                420_380_352),
+    "ViT-B/32": (ViT, (), 49, 768, 87_454_464, 512, 87_849_216),
+    "ViT-B/16": (ViT, (224, 16), 196, 768, 85_797_888, 512, 86_192_640),
+    "ViT-L/14": (ViT, (224, 14, 1024, 24, 16, 4096), 256, 1024, 303_177_728, 768, 303_966_208),
+    "ViT-L/14@336": (ViT, (336, 14, 1024, 24, 16, 4096), 576, 1024, 303_505_408, 768, 304_293_888),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_counts_and_token_shapes_are_those_of_the_published_towers(name):
+    """The counts are those of open_clip 3.3.0, which are OpenAI's."""
+    kind, sizes, P, C, count, pooled, whole = PUBLISHED[name]
+    with torch.device("meta"):
+        tower = kind(*sizes)
+        tokens = tower(torch.empty(1, 3, tower.image_size, tower.image_size))
+    assert tokens.shape == (1, P, C) and tower.channels == C
+    assert sum(p.numel() for p in tower.parameters()) == count
+    attention_pool = (P + 1) * C + 3 * (C * C + C) + C * pooled + pooled
+    assert count + (2 * C + C * pooled if kind is ViT else attention_pool) == whole
+
+
+# ---------------------------------------------------------------------------------------- frozen
+
+@each_tower
+def test_a_loaded_tower_is_frozen_and_deterministic(name):
+    tower, (images, _) = load_clip(FIXTURES / name), expected(name)
+    assert not tower.training and not any(p.requires_grad for p in tower.parameters())
+    before, first = {key: t.clone() for key, t in tower.state_dict().items()}, tower(images)
+    assert not first.requires_grad
+    assert torch.equal(tower(images), first)
+    assert_close(tower(images[:1]), first[:1])
+    assert torch.equal(tower.train()(images), first), "a model around it may be in train mode"
+    assert all(torch.equal(tensor, before[key]) for key, tensor in tower.state_dict().items())
+
+
+@each_tower
+def test_a_tower_in_bfloat16_is_close(name):
+    tower, (images, tokens) = load_clip(FIXTURES / name).bfloat16(), expected(name)
+    ours = tower(images.bfloat16())
+    assert ours.dtype == torch.bfloat16
+    assert 1e-4 < (ours.float() - tokens).abs().mean() < 0.02 * tokens.std()
+
+
+@each_tower
+def test_images_of_another_shape_are_refused(name):
+    tower, (images, _) = load_clip(FIXTURES / name), expected(name)
+    for wrong in (images[:, :1], images[..., :-1], images[:, :, :-1]):
+        with pytest.raises(AssertionError, match=r"images .*are \["):
+            tower(wrong)
+
+
+@pytest.mark.parametrize("file", ["clip-vit/model.safetensors",
+                                  "clip-vit-open/open_clip_model.safetensors"])
+def test_float32_weights_stay_mapped(file):
+    maps, file = Path("/proc/self/maps"), FIXTURES / file
+    if not maps.exists():
+        pytest.skip("only Linux lists what is mapped")
+    tower = load_clip(file.parent)
+    lines = [line for line in maps.read_text().splitlines() if line.endswith(str(file))]
+    ranges = [[int(end, 16) for end in line.split()[0].split("-")] for line in lines]
+    for p in tower.parameters():
+        assert any(low <= p.data_ptr() < high for low, high in ranges), "a weight was copied"
+
+
+# --------------------------------------------------------------------------------------- loading
+
+@each_tower
+def test_what_pools_or_reads_texts_may_be_missing(tmp_path, name):
+    beside = ("attnpool", "visual.proj", "ln_post", "post_layernorm", "num_batches", "position_ids")
+
+    def image_only(state):
+        return {key: tensor for key, tensor in state.items()
+                if key.startswith(("visual.", "vision_model.")) and
+                not any(part in key for part in beside)}
+    images, tokens = expected(name)
+    assert_close(load_clip(folder_with(tmp_path, name, image_only))(images), tokens)
+
+
+def test_what_no_shape_tells_comes_from_the_config(tmp_path):
+    def tower(name, **settings):
+        return load_clip(folder_with(tmp_path / str(settings), name, **settings))
+    assert load_clip(FIXTURES / "clip-vit").blocks[0].quick  # left out, as in OpenAI's config.json
+    assert not load_clip(FIXTURES / "clip-vit-open").blocks[0].quick  # in most of open_clip's, too
+    assert not tower("clip-vit", hidden_act="gelu").blocks[0].quick
+    assert tower("clip-vit", num_attention_heads=2).blocks[1].H == 2
+    assert tower("clip-vit-open", head_width=3).blocks[2].H == 8
+    assert tower("clip-resnet", image_size=96).image_size == 96
+
+
+def test_a_folder_may_begin_with_the_home_folder(tmp_path, monkeypatch):
+    folder_with(tmp_path / "clip", "clip-vit")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert load_clip("~/clip").channels == 16
+    assert sha256_of_clip("~/clip") == sha256_of_clip(tmp_path / "clip")
+
+
+def test_the_hash_is_over_weights_and_config(tmp_path):
+    hashes = {sha256_of_clip(folder_with(tmp_path / "1", "clip-vit", hidden_act="gelu")),
+              sha256_of_clip(folder_with(tmp_path / "2", "clip-vit", hidden_act="quick_gelu")),
+              sha256_of_clip(folder_with(tmp_path / "3", "clip-vit", lambda state: state.update(
+                  {"vision_model.pre_layrnorm.bias": torch.zeros(16)}), hidden_act="gelu"))}
+    assert len(hashes) == 3
+
+
+@pytest.mark.parametrize("name, key, ours", [
+    ("clip-vit", "vision_model.encoder.layers.1.self_attn.k_proj.bias", "blocks.1.k.bias"),
+    ("clip-vit-open", "visual.transformer.resblocks.1.attn.in_proj_bias", "blocks.1.q.bias"),
+    ("clip-resnet", "visual.layer3.2.bn3.running_var", "layer3.2.bn3.running_var")])
+def test_missing_unexpected_and_misshapen_keys_are_named(tmp_path, name, key, ours):
+    more = f"{key.partition('.')[0]}.more"
+    for number, (change, says) in enumerate([
+            (lambda state: state.pop(key) is None, f'Missing.*"{ours}"'),
+            (lambda state: state.update({more: torch.zeros(1)}), 'Unexpected.*"more"'),
+            (lambda state: state.update({key: torch.ones(5)}), f"size mismatch for {ours}")]):
+        with pytest.raises(ValueError, match=says) as error:
+            load_clip(folder_with(tmp_path / str(number), name, change))
+        assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
+
+
+@pytest.mark.parametrize("name, key", [
+    *(("clip-resnet", f"visual.{key}") for key in (
+        "layer1.0.bn1.num_batches", "fc.weight", "layer5.0.conv1.weight")),
+    *(("clip-vit-open", f"visual.{key}") for key in (
+        "conv1.bias", "transformer.resblocks.0.ls_1.gamma", "transformer.resblocks.9.ln_1.weight")),
+    *(("clip-vit", f"vision_model.{key}") for key in (
+        "head.weight", "encoder.layers.0.layer_norm3.weight", "embeddings.patch_embedding.bias")),
+])
+def test_a_key_that_only_resembles_a_known_one_is_unexpected(tmp_path, name, key):
+    with pytest.raises(ValueError, match="Unexpected key"):
+        load_clip(folder_with(tmp_path, name, lambda state: state.update({key: torch.zeros(2)})))
+
+
+@pytest.mark.slow
+@each_tower
+def test_a_lost_reshaped_or_integer_key_is_a_value_error_whichever_it_is(tmp_path, name):
+    whole, path = load_file(FIXTURES / name / WEIGHTS[name]), tmp_path / WEIGHTS[name]
+    folder_with(tmp_path, name)
+    first_or_last = (  # keys that nobody may lose: stem or embeddings, the first layer, the last
+        *(f"visual.{part}" for part in (
+            "conv", "bn", "layer1.0", "layer4.0.downsample", "class", "positional", "ln_pre",
+            "transformer.resblocks.0")),
+        *(f"vision_model.{part}" for part in ("embeddings", "pre", "encoder.layers.1")))
+    for key in whole:
+        if key.startswith(first_or_last) and whole[key].is_floating_point():
+            kinds = [torch.zeros(shape) for shape in ([], [0], [7], [2, 2, 2, 2])]
+            for tensor in (None, whole[key].int(), *kinds):
+                state = {other: whole[other] for other in whole if other != key}
+                save_file(state if tensor is None else state | {key: tensor}, tmp_path / "new")
+                os.replace(tmp_path / "new", path)
+                with pytest.raises(ValueError, match="holds no CLIP that fits"):
+                    load_clip(tmp_path)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3, 4])
+def test_a_resnet_without_a_stage_is_refused(tmp_path, stage):
+    def without(state):
+        return {key: tensor for key, tensor in state.items() if f".layer{stage}." not in key}
+    with pytest.raises(ValueError, match="Missing key"):
+        load_clip(folder_with(tmp_path, "clip-resnet", without))
+
+
+def test_other_models_and_missing_files_are_value_errors(tmp_path):
+    with pytest.raises(ValueError, match="neither a folder nor one of: nano, clip-rn101, "):
+        load_clip("clip-rn102")
+    with pytest.raises(ValueError, match="has no model.safetensors"):
+        load_clip(tmp_path)
+    with pytest.raises(ValueError, match="no CLIP that fits config.json"):
+        load_clip(FIXTURES / "relu-tied")
+    for name, config in (("clip-vit", "config.json"), ("clip-vit-open", "open_clip_config.json")):
+        (folder_with(tmp_path / name, name) / config).unlink()
+        with pytest.raises(ValueError, match="config.json"):
+            load_clip(tmp_path / name)
+    shards = folder_with(tmp_path / "shards", "clip-transformers5/shards")
+    (shards / "model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(ValueError, match="model-00002-of-00003.safetensors is missing"):
+        load_clip(shards)
+
+
+@pytest.mark.parametrize("name, wrong", [
+    *(("clip-vit", dict(hidden_act=value)) for value in ("relu", ["gelu"], None)),
+    *(("clip-vit", dict(num_attention_heads=value)) for value in (3, 0, -2, "4", 2.0, None)),
+    *(("clip-vit", dict(layer_norm_eps=value)) for value in ("1e-5", None, [])),
+    *(("clip-vit", dict(image_size=value)) for value in (-12, 16, "12", [12, 12])),
+    *(("clip-vit", {key: value}) for key in ("hidden_size", "patch_size", "num_hidden_layers",
+                                             "intermediate_size") for value in (32, -1, "16")),
+    *(("clip-vit-open", dict(head_width=value)) for value in (0, "12", -12, 5.5)),
+    *(("clip-vit-open", {key: 48}) for key in ("width", "mlp_ratio", "norm_kwargs", "layers")),
+    *(("clip-vit-open", {key: True}) for key in ("act_kwargs", "timm_model_name", "no_ln_pre")),
+    *(("clip-resnet", dict(layers=value)) for value in ([1, 2, 3], [1, 2, 3, 2], [1], ["1"] * 4)),
+    *(("clip-resnet", dict(image_size=value)) for value in (65, -64, None, 64 * 10**6)),
+    ("clip-vit", dict(num_hidden_layers=10**9)), ("clip-resnet", dict(layers=[10**9, 2, 3, 1])),
+])
+def test_a_config_with_wrong_values_is_a_value_error_of_one_line(tmp_path, name, wrong):
+    with pytest.raises(ValueError, match="holds no CLIP that fits") as error:
+        load_clip(folder_with(tmp_path, name, **wrong))
+    assert "\n" not in str(error.value) and len(str(error.value)) < 600
+
+
+@pytest.mark.parametrize("content", [
+    b"", b"{", b"[]", b"null", b"\xff\xfe{}", b"<html>", b"{}", b"1" * 5000, b"[" * 100_000,
+    b'{"model_cfg": 5}', b'{"vision_config": 5}', b'{"vision_config": null}',
+    b'{"model_cfg": {"vision_cfg": []}}'])
+def test_a_config_that_is_none_is_a_value_error(tmp_path, content):
+    for name, config in (("clip-vit", "config.json"), ("clip-vit-open", "open_clip_config.json")):
+        (folder_with(tmp_path / name, name) / config).write_bytes(content)
+        with pytest.raises(ValueError, match="holds no CLIP that fits"):
+            load_clip(tmp_path / name)
+
+
+@pytest.mark.parametrize("content", [b"version https://git-lfs.github.com/spec/v1\n",
+                                     b"<!DOCTYPE html>", b"", b"\x00" * 50])
+def test_a_file_that_is_no_checkpoint_is_a_value_error(tmp_path, content):
+    (folder_with(tmp_path, "clip-vit") / "model.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match="no safetensors file.*download it again"):
+        load_clip(tmp_path)
+
+
+@pytest.mark.parametrize("name", CLIP_PUBLIC)
+def test_an_existing_hugging_face_cache_is_used(tmp_path, monkeypatch, name):
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    with pytest.raises(ValueError, match="HF_HUB_OFFLINE"):
+        load_clip(name)
+    repo, revision, weights, _ = CLIP_PUBLIC[name]
+    cache, commit = tmp_path / "hub" / f"models--{repo.replace('/', '--')}", revision
+    if revision == "main":
+        commit = "0123456789abcdef0123456789abcdef01234567"
+        (cache / "refs").mkdir(parents=True)
+        (cache / "refs" / "main").write_text(commit)
+    fixture = "clip-resnet" if weights.startswith("open_clip") else "clip-vit"
+    shutil.copytree(FIXTURES / fixture, cache / "snapshots" / commit)
+    images, tokens = expected(fixture)
+    assert_close(load_clip(name)(images), tokens)
+    assert_close(load_clip(repo)(images), tokens)
+
+
+def test_public_weights_are_asked_for_with_their_hash(monkeypatch):
+    asked = []
+
+    def hub_file(repo, filename, revision, sha256=None):
+        asked.append((filename, revision, sha256))
+        return FIXTURES / "clip-vit" / filename
+    monkeypatch.setattr("vision.clip.hub_file", hub_file)
+    load_clip("clip-vit-base-patch32")
+    _, revision, weights, sha256 = CLIP_PUBLIC["clip-vit-base-patch32"]
+    assert asked == [(weights, revision, sha256), ("config.json", revision, None)]
+    assert len(sha256) == 64
