@@ -1,8 +1,2 @@
-"""The modules under test are files of the repository's root."""
-
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-from workshop import argv, backbone, children, glue  # noqa: E402, F401  fixtures of all tests
+"""The modules under test lie at the repository's root, which pytest.ini puts on the path."""
+from workshop import argv, backbone, children, glue, learned  # noqa: F401  fixtures of all tests

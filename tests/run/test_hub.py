@@ -1,0 +1,468 @@
+"""Downloads over real HTTP: two local servers behave as the Hugging Face hub and the file server
+behind it do, or fail. A file comes whole or not at all, and the cache is huggingface_hub's."""
+import contextlib
+import dataclasses
+import hashlib
+import importlib.util
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+
+import model
+from data import TASKS
+from model import PUBLIC, load_t5, load_tokenizer
+from run import hub
+from run.hub import NotThere, download, hub_file
+
+ROOT = Path(model.__file__).parent
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+SMALL, SMALL_COMMIT, _ = PUBLIC["t5-small"]
+FLAN = "google/flan-t5-small"
+TINY = ROOT / "tests" / "fixtures" / "relu-tied"
+SHARDS = '{"weight_map": {"shared.weight": "model-00001-of-00001.safetensors"}}'
+TEXT = "a gripping , beautifully acted film"
+BYTES = bytes(range(256)) * 12_000  # 3 MB
+
+
+def sha256(content):
+    return hashlib.sha256(content).hexdigest()
+
+
+# --------------------------------------------------------------------------------------- servers
+
+class Handler(BaseHTTPRequestHandler):
+    """Gives server.files, sends on by server.moved; server.trouble[path] goes wrong in turn."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self):
+        server, trouble = self.server, self.server.trouble.get(self.path, [])
+        trouble = trouble.pop(0) if trouble else None
+        server.seen.append((self.command, self.path, self.headers.get("Authorization")))
+        status, (headers, body) = 200, server.files.get(self.path, ({}, b""))
+        if trouble == "mute":
+            server.hold.wait(30)
+        if self.path in server.moved:
+            status, headers = server.moved[self.path]
+        elif isinstance(trouble, int) or self.path not in server.files:
+            status, headers, body = trouble or 404, {"Content-Type": "text/html"}, b"an error"
+        elif trouble == "page":
+            headers, body = {"Content-Type": "text/html; charset=utf-8"}, b"<html>please log in"
+        elif trouble == "wrong":
+            body = bytes(len(body))
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        chunked = trouble == "cut between chunks"
+        self.send_header(*("Transfer-Encoding", "chunked") if chunked
+                         else ("Content-Length", str(len(body))))
+        self.end_headers()
+        if self.command == "HEAD":
+            return
+        half = len(body) // 2
+        with contextlib.suppress(OSError):  # the reader gave up
+            if chunked:
+                self.wfile.write(b"%x\r\n%s\r\n" % (half, body[:half]))
+            elif trouble == "slow":
+                for start in range(0, len(body), len(body) // 5 + 1):
+                    self.wfile.write(body[start:start + len(body) // 5 + 1])
+                    time.sleep(0.1)
+            else:
+                self.wfile.write(body[:half] if trouble in ("cut", "stall") else body)
+            if trouble == "stall":
+                server.hold.wait(30)
+                self.wfile.write(body[half:])
+        self.close_connection = self.close_connection or trouble is not None
+
+    do_HEAD = do_GET
+
+    def log_message(self, *args):
+        pass
+
+
+class World:
+    """The hub, the file server behind it, which has GLUE as well, and an empty home."""
+
+    def __init__(self, home, start):
+        self.home, self.hub, self.store = home, start(), start()
+        self.cache = home / "huggingface" / "hub"
+
+    def publish(self, repo, revision, commit, files):
+        """As the hub does: small files are redirected within it, large ones to the file server."""
+        for name, content in files.items():
+            asked, tag = f"/{repo}/resolve/{revision}/{name}", f'"{sha256(content)}"'
+            said = {"X-Linked-Size": str(len(content)), "X-Linked-Etag": tag}
+            if name.endswith(".json"):
+                there = f"/api/resolve-cache/models/{repo}/{commit}/{name}"
+                self.hub.moved[asked] = 307, {"X-Repo-Commit": commit, "Location": there}
+                self.hub.files[there] = {"X-Repo-Commit": commit, "ETag": tag}, content
+            else:
+                there = f"/repos/{sha256(content)}?name={name}&Expires=1"  # signed for a while
+                self.hub.moved[asked] = 302, said | {"X-Repo-Commit": commit,
+                                                     "Location": self.store.url + there}
+                self.store.files[there] = {"ETag": tag}, content
+
+    def serve(self, name="/file", trouble=(), content=BYTES):
+        """The url of a file on the file server."""
+        self.store.files[name], self.store.trouble[name] = ({}, content), list(trouble)
+        return self.store.url + name
+
+    def stop(self):
+        for server in (self.hub, self.store):
+            server.hold.set()
+            server.shutdown()
+            server.server_close()
+
+    def python(self, code, *args):
+        return subprocess.Popen([sys.executable, "-c", code, *args], cwd=ROOT, text=True,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+@pytest.fixture
+def world(tmp_path, monkeypatch):
+    def start():
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        server.url, server.hold = f"http://127.0.0.1:{server.server_port}", threading.Event()
+        server.files, server.moved, server.trouble, server.seen = {}, {}, {}, []
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01},
+                         daemon=True).start()
+        return server
+
+    world = World(tmp_path / "home", start)
+    for name in ("HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_TOKEN", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"HOME": world.home, "HF_HOME": world.home / "huggingface", "no_proxy": "*",
+                        "HF_ENDPOINT": world.hub.url,
+                        "GLUE_BASE_URL": f"{world.store.url}/glue/data"}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(hub, "TIMEOUT", 0.4)
+    yield world
+    world.stop()
+
+
+@pytest.fixture
+def models(world, monkeypatch):
+    """t5-small at its commit, with its hashes, and flan-t5-small on main, as a shard."""
+    files = {path.name: path.read_bytes() for path in TINY.iterdir()}
+    files["spiece.model"] = (model.NANO / "spiece.model").read_bytes()
+    monkeypatch.setattr(model, "T5_V1_SPIECE", sha256(files["spiece.model"]))
+    weights = sha256(files["model.safetensors"])
+    monkeypatch.setitem(PUBLIC, "t5-small", (SMALL, SMALL_COMMIT, weights))
+    world.publish(SMALL, SMALL_COMMIT, SMALL_COMMIT, files)
+    world.files = {"model-00001-of-00001.safetensors": files["model.safetensors"],
+                   "model.safetensors.index.json": SHARDS.encode(),
+                   **{name: files[name] for name in ("config.json", "spiece.model")}}
+    for revision in ("main", COMMIT):
+        world.publish(FLAN, revision, COMMIT, world.files)
+    return world
+
+
+def is_tiny(t5):
+    whole = load_t5(TINY).state_dict()
+    return all(torch.equal(tensor, whole[name]) for name, tensor in t5.state_dict().items())
+
+
+def left(folder):
+    return sorted(path.name for path in folder.rglob("*") if path.is_file())
+
+
+def wait_for(what, seconds=30):
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)
+
+
+# -------------------------------------------------------------------------------------- one file
+
+def test_a_file_arrives_whole(world, tmp_path):
+    download(world.serve(), tmp_path / "new" / "file", sha256(BYTES))
+    assert (tmp_path / "new" / "file").read_bytes() == BYTES and left(tmp_path) == ["file"]
+
+
+TROUBLE = {  # what the server does: (what the line says, how often it was tried)
+    "cut": ("the connection was cut after [0-9]+ of [0-9]+ bytes.*try again", 3),
+    "cut between chunks": (r"IncompleteRead\(.*try again", 3),
+    "stall": ("timed out.*try again", 3),
+    "mute": ("timed out.*try again", 3),
+    "wrong": ("has sha256 .*, not .*try again", 1),
+    "page": ("gave a web page, not a file", 1),
+    403: (r"HTTP Error 403: Forbidden.*HF_TOKEN", 1),
+    404: (r"HTTP Error 404: Not Found", 1),
+    500: (r"HTTP Error 500: .*try again", 1),
+}
+
+
+@pytest.mark.parametrize("trouble", TROUBLE)
+def test_a_download_that_fails_is_one_line_leaves_nothing_and_the_next_succeeds(
+        world, tmp_path, trouble):
+    words, tries = TROUBLE[trouble]
+    url = world.serve(trouble=[trouble] * tries)
+    with pytest.raises(ValueError, match=words) as caught:
+        download(url, tmp_path / "file", sha256(BYTES))
+    assert "\n" not in str(caught.value) and str(caught.value).startswith(url)
+    assert isinstance(caught.value, NotThere) == (trouble == 404)
+    assert left(tmp_path) == [] and len(world.store.seen) == tries
+    download(url, tmp_path / "file", sha256(BYTES))
+    assert (tmp_path / "file").read_bytes() == BYTES
+
+
+@pytest.mark.parametrize("trouble", [["cut", "stall"], ["mute"], ["slow"], ["cut between chunks"]])
+def test_what_breaks_off_starts_again_and_what_is_slow_is_waited_for(world, tmp_path, trouble):
+    download(world.serve(trouble=trouble), tmp_path / "file")  # slow: 0.6 s, never 0.4 s silent
+    assert (tmp_path / "file").read_bytes() == BYTES and left(tmp_path) == ["file"]
+    assert len(world.store.seen) == len(trouble) + (trouble != ["slow"])
+
+
+def test_progress_is_shown_on_a_line_that_fits_a_terminal(world, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    download(world.serve(), tmp_path / ("long-" * 20 + "name"))
+    *shown, last = capsys.readouterr().err.replace("\r", "\n").splitlines()
+    assert last.endswith("name: 2 of 2 MiB") and len(shown) == 2 and max(map(len, shown)) < 80
+
+
+def test_a_circle_of_redirects_is_one_line(world, tmp_path):
+    world.store.moved["/circle"] = 302, {"Location": "/circle"}
+    with pytest.raises(ValueError, match="302.*infinite loop") as caught:
+        download(world.store.url + "/circle", tmp_path / "file")
+    assert "\n" not in str(caught.value)
+
+
+def test_nobody_there_is_one_line(world, tmp_path):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))  # bound, not listening: refused
+        with pytest.raises(ValueError, match="could not be downloaded.*refused"):
+            download(f"http://127.0.0.1:{s.getsockname()[1]}/file", tmp_path / "file")
+
+
+# --------------------------------------------------------------------------------------- the hub
+
+def test_a_hub_file_lies_where_huggingface_hub_looks(models):
+    path = hub_file(FLAN, "config.json")
+    repo = models.cache / "models--google--flan-t5-small"
+    assert path == repo / "snapshots" / COMMIT / "config.json"
+    assert path.read_bytes() == models.files["config.json"]
+    assert (repo / "refs" / "main").read_text() == COMMIT
+    asked = len(models.hub.seen)
+    assert hub_file(FLAN, "config.json") == path  # from the cache
+    assert len(models.hub.seen) == asked == 2 and models.store.seen == []
+
+
+def test_a_slash_in_a_revision_is_escaped(world):
+    world.publish("org/name", "refs%2Fpr%2F1", COMMIT, {"model.safetensors": BYTES})
+    for _ in range(2):
+        assert hub_file("org/name", "model.safetensors", "refs/pr/1").read_bytes() == BYTES
+    assert [path for _, path, _ in world.hub.seen] == [
+        "/org/name/resolve/refs%2Fpr%2F1/model.safetensors"]
+
+
+def test_the_token_goes_to_the_hub_and_to_no_other_host(models, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    hub_file(FLAN, "config.json")  # redirected within the hub
+    hub_file(FLAN, "spiece.model")
+    assert [token for *_, token in models.hub.seen] == ["Bearer secret"] * 3
+    assert [token for *_, token in models.store.seen] == [None]
+    commits = {path.parent.name for path in models.cache.rglob("snapshots/*/*")}
+    assert commits == {COMMIT}  # which only the hub names
+
+
+@pytest.mark.parametrize("variable, folder", [
+    ("HF_HUB_CACHE", ""), ("HF_HOME", "hub"), ("XDG_CACHE_HOME", "huggingface/hub")])
+def test_the_cache_lies_where_the_environment_says(models, tmp_path, monkeypatch, variable, folder):
+    monkeypatch.delenv("HF_HOME")
+    monkeypatch.setenv(variable, str(tmp_path / "elsewhere"))
+    path = hub_file(FLAN, "config.json")
+    assert path.is_relative_to(tmp_path / "elsewhere" / folder / "models--google--flan-t5-small")
+
+
+def test_an_existing_cache_is_used_without_network(world, monkeypatch):
+    repo = world.cache / "models--org--name"
+    for folder in ("refs", "blobs", f"snapshots/{COMMIT}"):
+        (repo / folder).mkdir(parents=True)
+    (repo / "refs" / "main").write_text(COMMIT)
+    (repo / "blobs" / "abc").write_bytes(b"weights")
+    os.symlink("../../blobs/abc", repo / "snapshots" / COMMIT / "model.safetensors")
+    old = world.cache / "models--name" / "snapshots" / COMMIT / "config.json"
+    old.parent.mkdir(parents=True)
+    old.write_bytes(b"{}")  # from before the repository had an organisation
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert hub_file("org/name", "model.safetensors").read_bytes() == b"weights"
+    assert hub_file("org/name", "model.safetensors", COMMIT).read_bytes() == b"weights"
+    assert hub_file("org/name", "config.json", COMMIT) == old
+    with pytest.raises(NotThere, match="org/name/spiece.model is not in .* HF_HUB_OFFLINE"):
+        hub_file("org/name", "spiece.model")
+    assert world.hub.seen == []
+
+
+def test_a_file_that_the_hub_does_not_have_can_be_told_apart(world):
+    with pytest.raises(NotThere, match="org/name/resolve/main/spiece.model"):
+        hub_file("org/name", "spiece.model")
+    assert left(world.home) == []
+
+
+# -------------------------------------------------------------------------------- public models
+
+@pytest.mark.parametrize("name, commit", [("t5-small", SMALL_COMMIT), ("flan-t5-small", COMMIT)])
+def test_a_public_model_is_fetched_once_and_then_needs_no_network(
+        models, monkeypatch, name, commit):
+    assert is_tiny(load_t5(name))
+    tokens = load_tokenizer(name).encode(TEXT)
+    assert tokens == load_tokenizer("nano").encode(TEXT) and len(tokens) > 4
+    repo = models.cache / f"models--{PUBLIC[name][0].replace('/', '--')}"
+    wanted = {"config.json", "spiece.model", "model.safetensors"}
+    wanted = wanted if name == "t5-small" else models.files.keys()
+    assert {path.name for path in (repo / "snapshots" / commit).iterdir()} == wanted
+    assert len(models.store.seen) == 2  # weights and tokenizer
+    models.stop()
+    with pytest.raises(ValueError, match="flan-t5-base/resolve/.*/config.json could not be downl"):
+        load_t5("flan-t5-base")
+    if name == "flan-t5-small":  # whose index stands in for a file that the hub does not have
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert is_tiny(load_t5(name)) and load_tokenizer(name).encode(TEXT) == tokens
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("huggingface_hub"), reason="not installed")
+def test_what_huggingface_hub_left_is_used_and_what_we_left_it_finds(models, monkeypatch):
+    def theirs(*args):
+        child = models.python("import sys; from huggingface_hub import hf_hub_download as load\n"
+                              "for name in sys.argv[3:]:\n"
+                              "    print(load(sys.argv[1], name, revision=sys.argv[2]))", *args)
+        out, err = child.communicate(timeout=60)
+        assert child.returncode == 0, err
+        return out.split()
+
+    theirs(SMALL, SMALL_COMMIT, "config.json", "model.safetensors", "spiece.model")
+    models.hub.seen.clear()
+    assert is_tiny(load_t5("t5-small")) and load_tokenizer("t5-small").encode(TEXT)
+    assert models.hub.seen == []
+    names = ("config.json", "spiece.model")
+    ours = [str(hub_file(FLAN, name)) for name in names]
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert theirs(FLAN, "main", *names) == ours
+
+
+# ------------------------------------------------------------------------------------- processes
+
+HUB_FILE = "import sys; from run.hub import hub_file; print(hub_file(*sys.argv[1:]))"
+
+
+@pytest.fixture
+def large(models):
+    """Arguments of hub_file for a file that the server stops sending in the middle."""
+    tag = sha256(models.files["model-00001-of-00001.safetensors"])
+    there = next(path for path in models.store.files if tag in path)
+    models.store.trouble[there] = ["stall"]
+    return SMALL, "model.safetensors", SMALL_COMMIT, tag
+
+
+def test_a_killed_process_leaves_what_the_next_one_can_use(models, large):
+    child = models.python(HUB_FILE, *large)
+    wait_for(lambda: [path for path in models.cache.rglob("*.partial") if path.stat().st_size])
+    child.kill()
+    child.communicate()
+    assert left(models.home) == ["model.safetensors.partial"]
+    assert sha256(hub_file(*large).read_bytes()) == large[-1]
+    assert left(models.home) == ["model.safetensors"]
+
+
+def test_of_two_processes_one_downloads_and_the_other_waits(models, large):
+    first = models.python(HUB_FILE, *large)
+    wait_for(lambda: models.store.seen)
+    second = models.python(HUB_FILE, *large)
+    time.sleep(0.5)
+    models.store.hold.set()
+    for child in (first, second):
+        out, err = child.communicate(timeout=60)
+        assert child.returncode == 0 and sha256(Path(out.strip()).read_bytes()) == large[-1], err
+    assert len(models.store.seen) == 1
+
+
+# ------------------------------------------------------------------------------------------ GLUE
+
+def rte(world):
+    """Puts a small RTE.zip on the file server and returns its sha256."""
+    rows = "index\tsentence1\tsentence2\tlabel\n" + "0\tA\tB\tentailment\n" * 20
+    archive = world.home.parent / "RTE.zip"
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as packed:
+        for name in ("train.tsv", "dev.tsv"):
+            packed.writestr(f"RTE/{name}", rows)
+    world.serve("/glue/data/RTE.zip", content=archive.read_bytes())
+    return sha256(archive.read_bytes())
+
+
+@pytest.mark.parametrize("trouble", ["cut", "wrong", 404])
+def test_a_task_that_does_not_come_leaves_no_file_and_comes_later(world, monkeypatch, trouble):
+    downloads = {"RTE.zip": rte(world)}
+    monkeypatch.setitem(TASKS, "rte", dataclasses.replace(TASKS["rte"], downloads=downloads))
+    world.store.trouble["/glue/data/RTE.zip"] = [trouble] * TROUBLE[trouble][1]
+    with pytest.raises(ValueError, match=TROUBLE[trouble][0]) as caught:
+        TASKS["rte"].load()
+    assert str(caught.value).startswith(f"{world.store.url}/glue/data/RTE.zip ")
+    assert str(caught.value).endswith("--data DIR") and left(world.home) == []
+    assert len(TASKS["rte"].load().train) == 20 and left(world.home) == ["dev.tsv", "train.tsv"]
+
+
+@pytest.mark.slow
+def test_the_command_line_trains_a_public_model_on_a_downloaded_task(world, tmp_path):
+    nano = {path.name: path.read_bytes() for path in model.NANO.iterdir()}
+    world.publish(SMALL, SMALL_COMMIT, SMALL_COMMIT, nano)
+    made = {"weights": (SMALL, SMALL_COMMIT, sha256(nano["model.safetensors"])),
+            "spiece": sha256(nano["spiece.model"]), "rte": {"RTE.zip": rte(world)}}
+    child = world.python("""if True:
+        import dataclasses, json, sys
+        import data, model
+        made = json.loads(sys.argv[1])  # the hashes of made files in place of the published ones
+        model.PUBLIC["t5-small"], model.T5_V1_SPIECE = made["weights"], made["spiece"]
+        data.TASKS["rte"] = dataclasses.replace(data.TASKS["rte"], downloads=made["rte"])
+        import train
+        train.main(sys.argv[2:])""", json.dumps(made), *(
+            "--task rte --model t5-small --max-steps 2 --batch-size 4 --fisher-samples 2 "
+            "--device cpu --out").split(), str(tmp_path / "run"))
+    out, err = child.communicate(timeout=120)
+    assert child.returncode == 0, out + err
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert [results[key] for key in ("model", "task", "data", "steps")] == [
+        "t5-small", "rte", "glue", 2]
+    assert len(world.store.seen) == 3  # weights, tokenizer, zip
+
+
+# ----------------------------------------------------------------------------- the real tokenizer
+
+@pytest.fixture(scope="module")
+def real():
+    """T5's published spiece.model, from where T5_SPIECE says or from the Hugging Face cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        try:
+            path = os.environ.get("T5_SPIECE") or model.locate("t5-small", "spiece.model")
+        except NotThere as error:
+            pytest.skip(f"load t5-small once, or let T5_SPIECE name its spiece.model ({error})")
+    assert hub.sha256_of(path) == model.T5_V1_SPIECE, f"{path} is not the published file"
+    return model.Tokenizer(path)
+
+
+@pytest.mark.parametrize("text, ids, back", [
+    ("translate English to German: The house is wonderful.",
+     [13959, 1566, 12, 2968, 10, 37, 629, 19, 1627, 5], None),
+    (" The\t house\n\nis\u00a0 wonderful.\u3000\u200b", [37, 629, 19, 1627, 5],
+     "The house is wonderful."),  # white space is one space, or none
+    (" \n", [], ""),
+    ("cafe\u0301 \uff21", [11949, 71], "caf\u00e9 A"),  # compatibility composition (NFKC)
+    ("a { b", [3, 9, 3, 2, 3, 115], "a  \u2047  b"),  # no brace was in the text it was made from
+    ("The <extra_id_0> walks in <extra_id_1> park", [37, 32099, 10681, 16, 32098, 2447], None),
+    ("<extra_id_99>", [32000], None),
+    ("</s>", [3, 2, 87, 7, 3155], " \u2047 /s>"),  # text, no end
+])
+def test_the_real_tokenizer_gives_the_published_ids(real, text, ids, back):
+    assert real.vocab_size == 32100 and real.encode(text) == ids
+    assert real.decode([*ids, 1, 37]) == (text if back is None else back)
