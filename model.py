@@ -390,7 +390,7 @@ class T5(Generates, nn.Module):
 
     def forward(self, source_ids: Tensor, source_mask: Tensor, decoder_ids: Tensor,
                 decoder_mask: Tensor | None = None, images: Tensor | None = None) -> Tensor:
-        _, memory = self.encode(source_ids, source_mask, images)
+        memory = self.encode(source_ids, source_mask, images)[1]  # the hidden states may go
         hidden = self.decode(decoder_ids, decoder_mask, memory)
         return self.logits(self.decoder.finish(hidden[-1]))
 
@@ -502,7 +502,7 @@ def weight_files(model: str | Path) -> list[Path]:
     index = locate(model, "model.safetensors.index.json")
     try:
         shards = set(json.loads(index.read_bytes())["weight_map"].values())
-        assert shards and all(Path(name).name == name for name in shards)
+        assert shards and all(re.fullmatch(r"\w[\w.-]{,99}", name) for name in shards)
     except FileNotFoundError:
         raise ValueError(f"{model} has no model.safetensors; {CONTENTS}") from None
     except (ValueError, KeyError, TypeError, AttributeError, AssertionError, RecursionError):
@@ -540,7 +540,7 @@ def load_t5(model: str | Path, device: str | torch.device = "cpu",
             weights["shared.weight"] = weights[copy]
     # What transformers 5 saves says that v1.1 is tied, too; the head in the file knows better.
     head, tied = weights.get("lm_head.weight"), config.tie_word_embeddings
-    if tied and head is not None and torch.equal(head, weights["shared.weight"]):
+    if tied and head is not None and torch.equal(head.float(), weights["shared.weight"].float()):
         del weights["lm_head.weight"]
     config = replace(config, tie_word_embeddings=tied and "lm_head.weight" not in weights,
                      attention=attention, checkpoint=checkpoint,

@@ -1,163 +1,168 @@
 """Structural weight initialization of the side network (Sec. 3.3).
 
-Importance of every backbone weight -> a score for each row of a matrix -> the best rows stay, and the columns that read the
-pruned ones go from the next matrix -> what is left, 1/r as wide, starts the side network.
+    paper                                        here
+    importance matrix of a weight matrix W       importance[W] of fisher(t5, ...) or magnitude(t5)
+    importance score of each row                 row_scores
+    rows with the top importance scores          top_rows
+    columns in the next layer that go too        [:, stream], [:, rows]
+    initialize the side network                  init_side(ladder, importance)
 
-    importance = fisher(t5, batches)            sum over samples of (d loss / d W)^2, the shape of W     (arXiv:2111.09839)
-    importance = magnitude(t5)                  |W|                                                      (arXiv:1608.08710)
-    init_side(ladder, importance)               mode "published": the authors' chain; mode "aligned": the paper's text, as we read it
-
-Both modes answer one question for each parameter of the backbone: which rows and which columns stay?
+Which rows stay? `published` answers as the authors' code does, `aligned` as we read the text.
 """
-from collections.abc import Iterable
-from itertools import islice
+import math
+from collections.abc import Iterable, Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from model import T5
+from run.gradients import add_squared_gradients
 
-Kept = dict[str, tuple[Tensor, ...]]  # parameter name -> kept rows, and kept columns where it is a matrix
+Kept = dict[str, tuple[Tensor, ...]]  # weight -> rows that stay, and columns if it is a matrix
 
 
-# ------------------------------------------------------------------------------------------------------------ importance
+# -------------------------------------------------------------------------------------- importance
 
 def magnitude(t5: T5) -> dict[str, Tensor]:
-    """|W| of every parameter."""
+    """|W| of every parameter (arXiv:1608.08710)."""
     return {name: p.detach().abs() for name, p in t5.named_parameters()}
 
 
 def fisher(t5: T5, batches: Iterable[tuple[Tensor, ...]], samples: int = 1024) -> dict[str, Tensor]:
-    """Empirical Fisher information: squared gradients of the loss with gold labels, one sample at a time, summed.
+    """Empirical Fisher information: (d loss / d W)^2 of each sample, summed (arXiv:2111.09839).
 
-    batches yield (source_ids, source_mask, decoder_ids, decoder_mask, labels) of any batch size; their rows are taken one by one.
-    Memory: weights + one gradient + one accumulator (float32).  No dropout.  The model is left as it was, without gradients.
+    batches yield (source_ids, source_mask, decoder_ids, decoder_mask, labels, ...), padded. The
+    loss of a sample is the mean over its gold tokens, without dropout. The model stays as it was.
+    Memory: weights, float32 sums, a batch's activations, one sample's gradient of one matrix.
     """
-    was_training, was_trainable = t5.training, [p.requires_grad for p in t5.parameters()]
-    importance = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in t5.named_parameters()}
-    rows = (tuple(tensor[i : i + 1] for tensor in batch[:5]) for batch in batches for i in range(len(batch[0])))
-    seen = 0
-    t5.requires_grad_(True).eval().zero_grad()
-    try:
-        for source_ids, source_mask, decoder_ids, decoder_mask, labels, *_ in islice(rows, samples):
-            logits = t5(source_ids, source_mask, decoder_ids, decoder_mask)
-            F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100).backward()
-            for name, p in t5.named_parameters():
-                if p.grad is not None:
-                    importance[name] += p.grad.float().square()
-                    p.grad = None
-            seen += 1
-    finally:
-        t5.train(was_training).zero_grad()
-        for p, trainable in zip(t5.parameters(), was_trainable):
-            p.requires_grad_(trainable)
+    sums = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in t5.named_parameters()}
+    was_training, seen = t5.training, 0
+    t5.eval()
+    for batch in batches:
+        rows = [tensor[: samples - seen] for tensor in batch[:5]]
+        add_squared_gradients(sums, t5, *rows)
+        seen += len(rows[0])
+        if seen == samples:
+            break
+    t5.train(was_training)
     if not seen:
         raise ValueError("fisher needs at least one sample, got none")
-    return importance
+    return {name: values.clamp_(min=0) for name, values in sums.items()}  # no -1e-9 by rounding
 
 
-# ------------------------------------------------------------------------------------------------------------- selection
+# --------------------------------------------------------------------------------------- selection
 
-def best(scores: Tensor, count: int) -> Tensor:
-    """Indices of the `count` highest scores in ascending order; among equals the later ones stay, as in the authors' code."""
-    return scores.argsort(stable=True)[len(scores) - count :].sort().values
+def row_scores(*importances: Tensor) -> Tensor:
+    """The importance score of each row of a matrix: the sum over the row.
 
-
-def joint(*importances: Tensor) -> Tensor:
-    """Row scores of matrices that are pruned together: the row sums of their element-wise product.
-
-    In float64: the product of three squared gradients is far below float32's smallest number.
+    Matrices that are pruned together have the scores of their element-wise product. In float64: the
+    product of three squared gradients is far below float32's smallest number.
     """
-    product = importances[0].double()
-    for importance in importances[1:]:
-        product = product * importance.double()
-    return product.sum(dim=1)
+    return math.prod(importance.double() for importance in importances).sum(dim=1)
+
+
+def top_rows(scores: Tensor, count: int) -> Tensor:
+    """Indices of the `count` highest scores, ascending: (..., rows) -> (..., count).
+
+    Among equal scores the later ones stay, as in the authors' code.
+    """
+    return scores.argsort(stable=True)[..., scores.size(-1) - count :].sort().values
+
+
+def sublayers(t5: T5) -> Iterator[tuple[str, list[str], str | None]]:
+    """The weights in the order in which data meets them: a norm, the matrices that read it, and the
+    one that writes to the residual stream. A final norm comes with [] and None."""
+    gated = t5.config.feed_forward_proj == "gated-gelu"
+    parts = {"self_attention": (["q", "k", "v"], "o"),
+             "cross_attention": (["q", "k", "v"], "o"),  # in the decoder
+             "feed_forward": (["wi_0", "wi_1"] if gated else ["wi"], "wo")}
+    for stack in ("encoder", "decoder"):
+        for i, block in enumerate(t5.get_submodule(stack).blocks):
+            for part, (reads, writes) in parts.items():
+                if hasattr(block, part):
+                    at = f"{stack}.blocks.{i}.{part}"
+                    reads = [f"{at}.{W}.weight" for W in reads]
+                    yield f"{at}_norm.weight", reads, f"{at}.{writes}.weight"
+        yield f"{stack}.final_norm.weight", [], None
 
 
 def published(importance: dict[str, Tensor], t5: T5, r: int) -> Kept:
-    """The authors' chain: a running set of kept indices goes through the matrices in the order in which data does.
+    """The authors' chain: the rows that one matrix keeps are the columns that the next one keeps.
 
-    Every matrix that writes to the residual stream picks its own dimensions, which the next ones read, from the embedding through
-    the encoder into the decoder (cross-attention's keys and values too); heads are not respected.
+    Every matrix that writes to the residual stream chooses its dimensions anew, from the embedding
+    through the encoder into the decoder (cross-attention's keys and values too). q, k and v choose
+    their rows together, over all heads: heads are not respected.
     """
-    # Paper: "the importance score of each row" of each W; the authors (and we, here) score q, k and v by their product, together.
-    config, kept = t5.config, {}
-    stream = best(joint(importance["embed.weight"].T), config.d_model // r)  # dimensions of the residual stream
-    for prefix, module in t5.named_modules():
-        if prefix.endswith("norm"):
-            kept[f"{prefix}.weight"] = (stream,)
-        elif prefix.endswith("attention"):
-            heads = [f"{prefix}.{name}.weight" for name in "qkv"]
-            inner = best(joint(*(importance[name][:, stream] for name in heads)), config.num_heads * config.d_kv // r)
-            kept.update({name: (inner, stream) for name in heads})
-            stream = best(joint(importance[f"{prefix}.o.weight"][:, inner]), config.d_model // r)
-            kept[f"{prefix}.o.weight"] = (stream, inner)
-        elif prefix.endswith("feed_forward"):  # Paper: the authors cannot prune a gated one; its two matrices are scored like q, k and v
-            wi = [f"{prefix}.{name}.weight" for name in (("wi_0", "wi_1") if module.gated else ("wi",))]
-            inner = best(joint(*(importance[name][:, stream] for name in wi)), config.d_ff // r)
-            kept.update({name: (inner, stream) for name in wi})
-            stream = best(joint(importance[f"{prefix}.wo.weight"][:, inner]), config.d_model // r)
-            kept[f"{prefix}.wo.weight"] = (stream, inner)
+    D, kept = t5.config.d_model, {}
+    stream = top_rows(row_scores(importance["embed.weight"].T), D // r)  # dimensions that stay
+    for norm, reads, writes in sublayers(t5):
+        kept[norm] = (stream,)
+        if reads:  # q, k, v -> o   or   wi (wi_0, wi_1) -> wo
+            # Paper: "the importance score of each row" of one W; the authors (and we, here) score
+            # q, k and v by their product. They cannot prune wi_0 and wi_1, which we treat alike.
+            scores = row_scores(*(importance[W][:, stream] for W in reads))
+            rows = top_rows(scores, len(scores) // r)
+            kept |= {W: (rows, stream) for W in reads}
+            # "The columns ... corresponding to the pruned feature map are also pruned": [:, rows]
+            stream = top_rows(row_scores(importance[writes][:, rows]), D // r)
+            kept[writes] = (stream, rows)
     return kept
 
 
 def aligned(importance: dict[str, Tensor], t5: T5, r: int) -> Kept:
-    """Our reading of the paper's text: what is pruned stays pruned.  One choice of residual dimensions for the whole stream, and in each head its
-    own best rows (the same for q and k, the same for v and o), so side head h descends from backbone head h with its position bias.
+    """Our reading of the text: what is pruned stays pruned. A score sums all weights that would go.
 
-    Importance of a row or dimension: the sum over all weights that would go with it.
+    One choice of dimensions for the whole residual stream. In each head its own best rows, the same
+    for q and k, the same for v and the columns of o, so side head h descends from backbone head h
+    with its position bias.
     """
-    config, kept = t5.config, {}
-    readers, writers = (".q.weight", ".k.weight", ".v.weight", ".wi.weight", ".wi_0.weight", ".wi_1.weight"), (".o.weight", ".wo.weight")
-    total = torch.zeros(config.d_model, dtype=torch.float64, device=t5.embed.weight.device)
-    for name, values in importance.items():
-        if name.endswith(readers):
-            total += values.double().sum(dim=0)
-        elif name.endswith(writers):
-            total += values.double().sum(dim=1)
-    stream = best(total, config.d_model // r)
+    D, H, scores, kept = t5.config.d_model, t5.config.num_heads, [], {}
+    for _, reads, writes in sublayers(t5):
+        if reads:
+            scores += [row_scores(importance[W].T) for W in reads]
+            scores += [row_scores(importance[writes])]
+    stream = top_rows(sum(scores), D // r)  # dimensions that stay
 
-    def best_in_heads(scores: Tensor) -> Tensor:
-        first = range(0, len(scores), config.d_kv)
-        return torch.cat([start + best(scores[start : start + config.d_kv], config.d_kv // r) for start in first])
+    def best(reads: list[str], writes: list[str], heads: int) -> Tensor:
+        """Rows of `reads`, which are columns of `writes`; as many in every head."""
+        score = sum([row_scores(importance[W][:, stream]) for W in reads]
+                    + [row_scores(importance[W][stream].T) for W in writes]).view(heads, -1)
+        first = torch.arange(heads, device=score.device)[:, None] * score.size(1)
+        return (first + top_rows(score, score.size(1) // r)).flatten()
 
-    for prefix, module in t5.named_modules():
-        if prefix.endswith("norm"):
-            kept[f"{prefix}.weight"] = (stream,)
-        elif prefix.endswith("attention"):
-            q, k, v, o = (f"{prefix}.{name}.weight" for name in "qkvo")
-            match = best_in_heads(joint(importance[q][:, stream]) + joint(importance[k][:, stream]))
-            carry = best_in_heads(joint(importance[v][:, stream]) + joint(importance[o][stream].T))
-            kept.update({q: (match, stream), k: (match, stream), v: (carry, stream), o: (stream, carry)})
-        elif prefix.endswith("feed_forward"):
-            wi = [f"{prefix}.{name}.weight" for name in (("wi_0", "wi_1") if module.gated else ("wi",))]
-            wo = f"{prefix}.wo.weight"
-            inner = best(sum(joint(importance[name][:, stream]) for name in wi) + joint(importance[wo][stream].T), config.d_ff // r)
-            kept.update({name: (inner, stream) for name in wi} | {wo: (stream, inner)})
+    for norm, reads, writes in sublayers(t5):
+        kept[norm] = (stream,)
+        if len(reads) == 3:
+            q, k, v = reads
+            match, carry = best([q, k], [], H), best([v], [writes], H)
+            kept |= {q: (match, stream), k: (match, stream)}
+            kept |= {v: (carry, stream), writes: (stream, carry)}
+        elif reads:
+            rows = best(reads, [writes], heads=1)
+            kept |= {W: (rows, stream) for W in reads}
+            kept[writes] = (stream, rows)
     return kept
 
 
-# -------------------------------------------------------------------------------------------------------- initialization
+# ---------------------------------------------------------------------------------- initialization
 
 @torch.no_grad()
 def init_side(ladder, importance: dict[str, Tensor], mode: str = "published") -> None:
-    """Start the side network of a LadderT5 from the rows and columns of its backbone that matter most.
+    """Start the side network of a LadderT5 with what matters most in its backbone.
 
-    Blocks, final norms and position bias are copied (all heads stay, so the bias table is copied whole); the projections down
-    and up keep their random start and the gates alpha = 0.  r = 1 copies the backbone.  ValueError: unknown mode.
+    Blocks and final norms are pruned. The position bias is copied whole, as all heads stay; the
+    rungs, down_emb and up keep their random start. r = 1 copies the backbone.
     """
     if mode not in ("published", "aligned"):
         raise ValueError(f"prune mode is {mode!r}, choose from published, aligned")
-    t5 = ladder.backbone
-    kept = (published if mode == "published" else aligned)(importance, t5, ladder.r)
-    for side, name in ((ladder.encoder, "encoder"), (ladder.decoder, "decoder")):
-        backbone = t5.get_submodule(name)
-        side.pos_bias.table.weight.copy_(backbone.pos_bias.table.weight)
-        side.final_norm.weight.copy_(backbone.final_norm.weight[kept[f"{name}.final_norm.weight"][0]])
-        for i, block in zip(side.keep, side.blocks):
-            for parameter, value in block.named_parameters():
-                source = f"{name}.blocks.{i}.{parameter}"
-                rows, *columns = kept[source]
-                pruned = t5.get_parameter(source)[rows]
-                value.copy_(pruned[:, columns[0]] if columns else pruned)
+    t5, choose = ladder.backbone, published if mode == "published" else aligned
+    kept = choose(importance, t5, ladder.r)
+    for name in ("encoder", "decoder"):
+        backbone, side = t5.get_submodule(name), ladder.get_submodule(name)
+        side_bias = ladder.get_submodule(f"{name}_bias")
+        side_bias.table.weight.copy_(backbone.pos_bias.table.weight)
+        side.final_norm.weight.copy_(backbone.final_norm.weight[kept[f"{name}.final_norm.weight"]])
+        for i, block in zip(side.keep, side.blocks):  # Sec. 3.4: kept layers only
+            for parameter, value in block.block.named_parameters():
+                W = f"{name}.blocks.{i}.{parameter}"
+                value.copy_(t5.get_parameter(W)[torch.meshgrid(*kept[W], indexing="ij")])

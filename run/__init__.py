@@ -1,1 +1,1 @@
-"""What surrounds the loop: options, a run's folder, report, processes, downloads, scores of GLUE."""
+"""What surrounds the loop: options, folder, report, processes, downloads, GLUE's scores."""

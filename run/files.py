@@ -6,10 +6,9 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, uint8
 
 
 @contextlib.contextmanager
@@ -19,7 +18,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
     try:
         yield partial
         to_disk(partial)
-        os.replace(partial, path)
+        partial.replace(path)
         to_disk(path.parent)
     finally:
         with contextlib.suppress(OSError):
@@ -34,11 +33,11 @@ def to_disk(path: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     with atomic_write(path) as partial:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_text(text + "\n", encoding="utf-8")
 
 
 def write_json(path: Path, content: dict) -> None:
-    write_text(path, json.dumps(content, indent=2) + "\n")
+    write_text(path, json.dumps(content, indent=2))
 
 
 def read_json(path: Path) -> dict:
@@ -50,31 +49,29 @@ def read_json(path: Path) -> dict:
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    metadata = metadata | {"sha256": digest(tensors, metadata)}
     with atomic_write(path) as partial:
         try:
-            save_file(tensors, partial, metadata=metadata)
+            save_file(tensors, partial, metadata | {"sha256": digest(tensors, metadata)})
         except SafetensorError as error:  # a full disk
             raise OSError(f"cannot write {path}: {error}; what was saved before is kept") from None
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return tensors and metadata. ValueError if a byte is not as it was written."""
-    try:
+    """Tensors and metadata. ValueError if a byte is not as it was written."""
+    metadata, tensors = {}, {}
+    with contextlib.suppress(SafetensorError, RuntimeError, ValueError):
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except (SafetensorError, RuntimeError, ValueError):
-        metadata, tensors = {}, {}
     if metadata.pop("sha256", None) != digest(tensors, metadata):
         raise ValueError(f"{path} is damaged or was not written by us")
     return tensors, metadata
 
 
 def digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
-    """Return the sha256 of all names, shapes, types, bytes and metadata."""
+    """The sha256 of all names, shapes, types, bytes and metadata."""
     hasher = hashlib.sha256(json.dumps(sorted(metadata.items())).encode())
     for name, tensor in sorted(tensors.items()):
         hasher.update(f"{name} {list(tensor.shape)} {tensor.dtype} ".encode())
-        hasher.update(tensor.flatten().view(torch.uint8).numpy())
+        hasher.update(tensor.flatten().view(uint8).numpy())
     return hasher.hexdigest()

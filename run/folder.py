@@ -52,7 +52,20 @@ def new_folder(name: str) -> Path:
 @contextlib.contextmanager
 def lock(path: Path) -> Iterator[None]:
     """Hold the folder for this run. A lock ends with its process; an empty folder is removed."""
-    folder = first(_lock, path)
+    def acquire() -> int:
+        path.mkdir(parents=True, exist_ok=True)
+        if not os.access(path, os.W_OK):
+            raise ValueError(f"{path} cannot be written to: choose another --out")
+        folder = os.open(path, os.O_RDONLY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another run works in {path}: choose another --out") from None
+        except OSError:
+            pass  # some network file systems have no locks
+        return folder
+
+    folder = first(acquire)
     try:
         yield
     finally:
@@ -60,21 +73,6 @@ def lock(path: Path) -> Iterator[None]:
             with contextlib.suppress(OSError):  # not empty
                 path.rmdir()
             os.close(folder)
-
-
-def _lock(path: Path) -> int:
-    path.mkdir(parents=True, exist_ok=True)
-    if not os.access(path, os.W_OK):
-        raise ValueError(f"{path} cannot be written to: choose another --out")
-    folder = os.open(path, os.O_RDONLY)
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(folder)
-        raise ValueError(f"another run works in {path}: wait, or choose another --out") from None
-    except OSError:
-        pass  # some network file systems have no locks
-    return folder
 
 
 def clear(out: Path) -> None:
@@ -127,8 +125,7 @@ class Run:
 
     def __init__(self, out: Path, config: dict, about: dict, resume: bool,
                  device: str = "cpu", began: float | None = None):
-        """config: what a resume must repeat, else ValueError with the list of differences.
-        about: command, versions, hardware. began: time.time() when it did, without interruptions.
+        """config: what a resume must repeat; about: command, versions, hardware; began: a time().
         `results` are those of a run that has ended, else None."""
         self.out, self.config, self.about, self.device = out, config, about, device
         self.resume, self.began = resume, began or time.time()
@@ -166,10 +163,9 @@ class Run:
         first(os.truncate, log, at["log"])
         fill(path, trainable(model), {name: found[name] for name in found if " " not in name})
         state = defaultdict(dict)
-        for name in found:
-            if " " in name:  # "3 exp_avg": of the fourth tensor that trains
-                i, key = name.split()
-                state[int(i)][key] = found[name]
+        for name in found.keys() - trainable(model).keys():
+            i, key = name.split()  # "3 exp_avg": of the fourth tensor that trains
+            state[int(i)][key] = found[name]
         optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
         self.step, self.epochs, self.best = at["step"], at["epochs"], at["best"]
         self.earlier_peak, self.began = at["peak"], self.began - at["seconds"]
@@ -194,17 +190,17 @@ class Run:
                 file.write(json.dumps(row) + "\n")
 
     def save(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        first(self._save, model, optimizer)
-
-    def _save(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        log = self.out / "metrics.jsonl"
-        to_disk(log)
-        at = {"step": self.step, "epochs": self.epochs, "best": self.best, "peak": self.peak(),
-              "seconds": self.seconds(), "log": log.stat().st_size}
-        moments = {f"{i} {key}": value for i, of_one in optimizer.state_dict()["state"].items()
-                   for key, value in of_one.items()}
-        write_tensors(self.out / "state.safetensors", trainable(model) | moments,
-                      {"position": json.dumps(at)})
+        """Write all that the next step depends on."""
+        def write() -> None:
+            log = self.out / "metrics.jsonl"
+            to_disk(log)
+            at = {"step": self.step, "epochs": self.epochs, "best": self.best, "log":
+                  log.stat().st_size, "peak": self.peak(), "seconds": self.seconds()}
+            moments = {f"{i} {key}": value for i, of_one in optimizer.state_dict()["state"].items()
+                       for key, value in of_one.items()}
+            write_tensors(self.out / "state.safetensors", trainable(model) | moments,
+                          {"position": json.dumps(at)})
+        first(write)
 
     def end_epoch(self, model: nn.Module, optimizer: torch.optim.Optimizer, val: dict) -> None:
         """Log an epoch's validation scores, keep its weights if they are the best, and save."""

@@ -15,12 +15,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 def start(device: str) -> str:
     """Join the processes that torchrun has started, and return this one's device."""
-    if "LOCAL_RANK" not in os.environ:
+    local = os.environ.get("LOCAL_RANK")
+    if local is None:
         return device
     if device.startswith("cuda"):
-        local, gpus = os.environ["LOCAL_RANK"], torch.cuda.device_count()
-        if device != "cuda" or int(local) >= gpus:
-            raise ValueError(f"torchrun takes --device cuda and a GPU per process: {gpus} here")
+        if device != "cuda" or int(local) >= torch.cuda.device_count():
+            raise ValueError(f"--device {device}: torchrun takes cuda, and a GPU for each process")
         device = f"cuda:{local}"
         torch.cuda.set_device(device)
     if not dist.is_initialized():
@@ -29,7 +29,7 @@ def start(device: str) -> str:
 
 
 def rank() -> int:
-    """Return 0 in the process that writes and prints."""
+    """0 in the process that writes and prints."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -38,7 +38,7 @@ def world_size() -> int:
 
 
 def wrap(model: nn.Module) -> nn.Module:
-    """Return the model whose backward averages gradients over all processes."""
+    """The model whose backward averages gradients over all processes."""
     if not dist.is_initialized():
         return model
     # torch has no public way to leave parameters out; without this it sends the whole backbone once
@@ -49,43 +49,34 @@ def wrap(model: nn.Module) -> nn.Module:
 
 def no_sync(model: nn.Module) -> contextlib.AbstractContextManager:
     """Around a backward that is not the last of its step: gradients stay in their process."""
-    if isinstance(model, DistributedDataParallel):
-        return model.no_sync()
-    return contextlib.nullcontext()
+    return model.no_sync() if dist.is_initialized() else contextlib.nullcontext()
 
 
 def all_reduce(value: Tensor) -> Tensor:
-    """Return the sum over all processes."""
+    """The sum over all processes."""
     if dist.is_initialized():
         dist.all_reduce(value)
     return value
 
 
 def gather(mine: dict) -> dict:
-    """Return the dicts of all processes merged into one."""
+    """The dicts of all processes merged into one."""
     parts = [mine] * world_size()
     if dist.is_initialized():
         dist.all_gather_object(parts, mine)
     return {key: value for part in parts for key, value in part.items()}
 
 
-def broadcast(value):
-    """Return rank 0's `value` in every process."""
-    values = [value]
-    if dist.is_initialized():
-        dist.broadcast_object_list(values)
-    return values[0]
-
-
 def first(function: Callable, *arguments):
     """Call a function on rank 0 only. Every process gets its result or error. Do not nest."""
-    result = error = None
+    result = [None]
     if rank() == 0:
         try:
-            result = function(*arguments)
-        except (ValueError, OSError) as problem:
-            error = problem
-    result, error = broadcast((result, error))
-    if error:
-        raise error
-    return result
+            result = [function(*arguments)]
+        except (ValueError, OSError) as error:
+            result = [error]
+    if dist.is_initialized():
+        dist.broadcast_object_list(result)
+    if isinstance(result[0], Exception):
+        raise result[0]
+    return result[0]

@@ -1,0 +1,67 @@
+"""The tasks by name, and what it takes to learn several at once, as the CLIP-T5 of Table 3 does."""
+import math
+from collections.abc import Iterator
+
+import torch
+
+import data
+import vision.tasks
+from run.report import Progress
+from vision.features import Features
+
+TASKS = data.TASKS | vision.tasks.TASKS
+Rows = dict[str, list]  # task -> encoded examples
+
+
+def has_pictures(names: str) -> bool:
+    """Is this task, or are these joined by "+", about pictures?"""
+    return TASKS[names.partition("+")[0]].pictures > 0
+
+
+def batch_size(task: str, size: int, joint: bool) -> int:
+    """Rows of a step of this task: `size`, or among several tasks its share, where VQA's is 1."""
+    return max(1, round(size * TASKS[task].share)) if joint else size
+
+
+def epoch_steps(rows: Rows, size: int) -> int:
+    """Steps in which every row of every task comes once."""
+    return sum(math.ceil(len(of_task) / batch_size(task, size, len(rows) > 1))
+               for task, of_task in rows.items())
+
+
+def batches(rows: Rows, size: int, seed: int, epoch: int) -> list[tuple[str, list]]:
+    """An epoch's steps: each of one task, with its rows."""
+    each = {task: data.batches(of_task, batch_size(task, size, len(rows) > 1), seed, epoch)
+            for task, of_task in rows.items()}
+    return [(task, [rows[task][i] for i in indices])
+            for task, indices in vision.tasks.multitask(each, epoch)]
+
+
+def collate(rows: list[data.Row], features: Features | None, device: str) -> data.Batch:
+    """Padded tensors on the device, and with them what CLIP sees in the rows' pictures."""
+    images = features and features.lookup([row.images for row in rows])  # (B, N, P, C)
+    batch = data.collate(rows)._replace(images=images)
+    return data.Batch(*(tensor if tensor is None else tensor.to(device) for tensor in batch))
+
+
+def some(rows: Rows, count: int, seed: int, device: str, size: int = 32) -> Iterator[data.Batch]:
+    """Batches of so many random rows, without pictures; those of similar length are together."""
+    each = [(task, row) for task, of_task in rows.items() for row in of_task]
+    order = torch.randperm(len(each), generator=torch.Generator().manual_seed(seed)).tolist()
+    chosen = [TASKS[task].draw([row], seed, number)[0]
+              for number, (task, row) in enumerate((each[i] for i in order[:count]), 1)]
+    chosen.sort(key=lambda row: (len(row.source), len(row.target)))
+    progress = Progress("Fisher information, sample", len(chosen))
+    for i in range(0, len(chosen), size):
+        progress.step(min(i + size, len(chosen)))
+        yield collate(chosen[i : i + size], None, device)
+
+
+def average(scores: dict[str, dict]) -> dict:
+    """One task's metrics as they are; of several the scores and their mean, as in Table 3."""
+    if len(scores) == 1:
+        return next(iter(scores.values()))
+    each = {task: values["score"] for task, values in scores.items()}
+    wrong = {name: sum(values[name] for values in scores.values())
+             for name in ("invalid", "undefined")}
+    return {**each, "score": sum(each.values()) / len(each), **wrong}

@@ -1,0 +1,350 @@
+"""What is drawn is what the scene says, answers are true, and words do not tell them."""
+import hashlib
+import math
+import re
+from collections import Counter, defaultdict
+
+import numpy as np
+import pytest
+
+from model import UNK, load_tokenizer
+from vision import scenes
+from vision.metrics import cider_d
+from vision.scenes import (COLORS, OUTLINES, RADIUS, REACH, SIDE, TASKS, TILTS, Object, Scene,
+                           captions, coverage, draw, examples, scene_of)
+
+DRAWN = [scene_of(f"train-{i}") for i in range(400)]
+
+
+@pytest.fixture(scope="module")
+def rows():
+    """A part of the training rows and all test rows of each task."""
+    return {task: {"train": examples(task, "train", 400), "test": examples(task, "test")}
+            for task in TASKS}
+
+
+def questions(rows, *tasks):
+    return [row for task in tasks for part in rows[task].values() for row in part]
+
+
+# --------------------------------------------------------------------------------------- pictures
+
+def test_an_objects_centre_has_its_color():
+    for scene in DRAWN:
+        picture = draw(scene)
+        assert picture.shape == (SIDE, SIDE, 3) and picture.dtype == np.uint8
+        for o in scene.objects:
+            lit = [value * scene.light // 100 for value in COLORS[o.color]]
+            assert picture[o.y, o.x].tolist() == lit
+
+
+def test_objects_keep_apart_and_stay_inside():
+    for scene in DRAWN[:200]:
+        touched = [(draw(Scene((o,), scene.background, 100)) != scene.background).any(axis=2)
+                   for o in scene.objects]
+        assert (sum(mask.astype(int) for mask in touched) <= 1).all()
+        background = [value * scene.light // 100 for value in scene.background]
+        assert ((draw(scene) == background).all(axis=2) == ~np.any(touched, axis=0)).all()
+        for o, mask in zip(scene.objects, touched):
+            ys, xs = mask.nonzero()
+            assert max(abs(ys - o.y).max(), abs(xs - o.x).max()) <= REACH[o.size]
+            assert REACH[o.size] <= min(o.x, o.y) and max(o.x, o.y) < SIDE - REACH[o.size]
+
+
+def test_area_of_each_shape():
+    def polygon(corners):
+        edges = zip(corners, corners[1:] + corners[:1])
+        return abs(sum(x0 * y1 - x1 * y0 for (x0, y0), (x1, y1) in edges)) / 2 / 100 ** 2
+
+    inner = math.sin(math.pi / 10) / math.sin(3 * math.pi / 10)
+    tips = [(125 * (1, inner)[i % 2], math.pi * i / 5) for i in range(10)]
+    areas = {"circle": math.pi,
+             "star": polygon([(far * math.sin(turn), -far * math.cos(turn)) for far, turn in tips]),
+             **{name: polygon(OUTLINES[name]) for name in ("square", "triangle", "diamond")}}
+    for shape in OUTLINES:
+        for size, radius in RADIUS.items():
+            for tilt in TILTS:
+                area = coverage(shape, size, tilt).sum() / 64
+                assert area == pytest.approx(areas[shape] * radius ** 2, rel=0.02), (shape, tilt)
+
+
+def test_shapes_stand_upright():
+    """Points in radii from the centre, y down: the first lies inside, the second outside."""
+    points = {"circle": ((0.65, 0.65), (0.8, 0.8)), "square": ((0.75, 0.75), (0, 1.05)),
+              "triangle": ((0.75, 0.6), (0.6, -0.6)), "diamond": ((0, 1.05), (0.65, 0.65)),
+              "star": ((0, -0.95), (0, 0.95))}
+    for shape, spots in points.items():
+        for tilt, angle in ((-1, -11.42), (0, 0), (1, 11.42)):
+            cos, sin = math.cos(math.radians(angle)), math.sin(math.radians(angle))
+            inside, outside = (coverage(shape, "big", tilt)[13 + round(10 * (sin * x + cos * y)),
+                                                            13 + round(10 * (cos * x - sin * y))]
+                               for x, y in spots)
+            assert inside > 56 and outside < 8, (shape, tilt)
+
+
+def test_edges_are_smooth_and_colors_easy_to_tell_apart():
+    for shape in OUTLINES:
+        picture = draw(Scene((Object("big", "black", shape, 32, 32, 1),), (230, 230, 230), 100))
+        assert len(np.unique(picture[..., 0])) >= 10  # shades
+    lit = {color: np.array([np.array(value) * light // 100 for light in range(84, 101)])
+           for color, value in COLORS.items()}
+    for one in lit:
+        for other in lit.keys() - {one}:
+            assert abs(lit[one][:, None] - lit[other][None]).max(axis=2).min() >= 40, (one, other)
+
+
+def test_pictures_and_rows_are_the_same_everywhere():
+    drawn = [draw(scene_of(f"{split}-{i}")).tobytes() for split in scenes.SCENES for i in range(30)]
+    text = repr([tuple(row) for task in TASKS for row in examples(task, "val", 60)])
+    assert [hashlib.sha256(data).hexdigest() for data in (b"".join(drawn), text.encode())] == [
+        "8dc9f740283aaba0c676ca0f1109041ecdd26c84efbf179a8f023e231435d4e1",
+        "c0ff2cb2b3674c95bafc23529d6e4f7defafbefc6fb538c0836cd9582dfbd9f0"]
+
+
+def test_scenes_have_one_to_five_objects_of_every_sort():
+    assert {len(scene.objects) for scene in DRAWN} == {1, 2, 3, 4, 5}
+    objects = [o for scene in DRAWN for o in scene.objects]
+    assert len({(o.size, o.color, o.shape) for o in objects}) == 2 * len(COLORS) * len(OUTLINES)
+    assert len({o.place for o in objects}) == 9
+
+
+def test_splits_share_no_scene():
+    parts = [[scene_of(f"{split}-{i}").objects for i in range(size)]
+             for split, size in scenes.SCENES.items()]
+    assert [len(part) for part in parts] == [4000, 400, 400]
+    train, val, test = map(set, parts)
+    assert not (train & val or train & test or val & test)
+
+
+@pytest.mark.parametrize("scene_id", ["dev-1", "train-01", "train--1", "train-", "train-1\n", ""])
+def test_a_wrong_id_is_an_error(scene_id):
+    with pytest.raises(ValueError, match="train, val, test"):
+        scene_of(scene_id)
+
+
+# ------------------------------------------------------ answers, computed again from the text only
+
+def fitting(scene, name):
+    return [o for o in scene.objects
+            if all(word in (o.size, o.color, o.shape, "object") for word in name.split())]
+
+
+def the(scene, name):
+    [found] = fitting(scene, name)
+    return found
+
+
+def number(scene, name):
+    return len(fitting(scene, name))
+
+
+def where(o):
+    """Left, middle or right third, and top, middle or bottom; centres lie half a pixel in."""
+    return (("left", "middle", "right")[int((o.x + 0.5) / (SIDE / 3))],
+            ("top", "middle", "bottom")[int((o.y + 0.5) / (SIDE / 3))])
+
+
+def lies(o, relation, other):
+    return {"left": o.x < other.x, "right": o.x > other.x,
+            "above": o.y < other.y, "below": o.y > other.y}[relation.split()[0]]
+
+
+def position(o):
+    x, y = where(o)
+    assert "middle" in (x, y)  # asked with one word
+    return y if x == "middle" else x
+
+
+def beyond(scene, wanted, relation, name):
+    [found] = [o for o in scene.objects if lies(o, relation, the(scene, name))]
+    return getattr(found, wanted)
+
+
+def sharing(scene, wanted, shared, name):
+    one = the(scene, name)
+    [found] = [o for o in scene.objects
+               if o is not one and getattr(o, shared) == getattr(one, shared)]
+    return getattr(found, wanted)
+
+
+RELATION = "(left of|right of|above|below)"
+QUESTIONS = {
+    r"how many (.+?)s are (?:there|in the picture)\?": lambda s, name: str(number(s, name)),
+    r"is there an? (.+?)(?: in the picture)?\?": lambda s, name: number(s, name) > 0,
+    r"are all objects (.+)\?": lambda s, color: all(o.color == color for o in s.objects),
+    r"are there more (.+)s than (.+)s\?": lambda s, a, b: number(s, a) > number(s, b),
+    rf"is the (\w+) ({'|'.join(COLORS)})\?": lambda s, name, color: the(s, name).color == color,
+    rf"what (color|shape) is the object {RELATION} the (.+)\?": beyond,
+    r"what (color|shape) is the object with the same (color|shape) as the (.+)\?": sharing,
+    r"what (color|shape) is the (\w+|\w+ \w+|\w+ \w+ \w+)\?":
+        lambda s, wanted, name: getattr(the(s, name), wanted),
+    r"where is the (.+)\?": lambda s, name: position(the(s, name)),
+    r"is the (.+) on the left or on the right\?": lambda s, name: where(the(s, name))[0],
+    r"is the (.+) at the top or at the bottom\?": lambda s, name: where(the(s, name))[1],
+    r"is the (.+) left or right of the (.+)\?":
+        lambda s, a, b: "left" if lies(the(s, a), "left", the(s, b)) else "right",
+    r"is the (.+) above or below the (.+)\?":
+        lambda s, a, b: "above" if lies(the(s, a), "above", the(s, b)) else "below",
+    rf"is the (.+) {RELATION} the (.+)\?": lambda s, a, how, b: lies(the(s, a), how, the(s, b)),
+    r"is the (.+) bigger than the (.+)\?":
+        lambda s, a, b: the(s, a).size == "big" and the(s, b).size == "small",
+    r"are the (.+) and the (.+) the same (color|shape)\?":
+        lambda s, a, b, shared: getattr(the(s, a), shared) == getattr(the(s, b), shared),
+}
+WORDS = {word: n for n, word in enumerate(("no", "one", "two", "three", "four", "five"))}
+SENTENCES = {
+    r"there is an? (.+) in the left picture\.": lambda l, r, x: number(l, x) > 0,
+    r"there is an? (.+) in the right picture\.": lambda l, r, x: number(r, x) > 0,
+    r"there are (\w+) (.+)s in the left picture\.": lambda l, r, k, x: number(l, x) == WORDS[k],
+    r"there are (\w+) (.+)s in the right picture\.": lambda l, r, k, x: number(r, x) == WORDS[k],
+    r"both pictures have an? (.+)\.": lambda l, r, x: number(l, x) * number(r, x) > 0,
+    r"only one of the pictures has an? (.+)\.":
+        lambda l, r, x: [number(l, x), number(r, x)].count(0) == 1,
+    r"neither picture has an? (.+)\.": lambda l, r, x: number(l, x) + number(r, x) == 0,
+    r"the left picture has more (.+)s than the right one\.":
+        lambda l, r, x: number(l, x) > number(r, x),
+    r"the right picture has more (.+)s than the left one\.":
+        lambda l, r, x: number(r, x) > number(l, x),
+    r"the left picture has an? (.+) and the right one has an? (.+)\.":
+        lambda l, r, x, y: number(l, x) * number(r, y) > 0,
+}
+
+
+@pytest.mark.parametrize("tasks, patterns, words, least", [
+    (("vqa", "gqa"), QUESTIONS, ("yes", "no"), 20), (("nlvr2",), SENTENCES, ("true", "false"), 50)])
+def test_every_answer_is_true(rows, tasks, patterns, words, least):
+    used = Counter()
+    for row in questions(rows, *tasks):
+        pattern = next(pattern for pattern in patterns if re.fullmatch(pattern, row.text))
+        asked = re.fullmatch(pattern, row.text).groups()
+        answer = patterns[pattern](*map(scene_of, row.scenes), *asked)
+        assert row.answer == {True: words[0], False: words[1]}.get(answer, answer), row
+        used[pattern] += 1
+    assert used.keys() == patterns.keys() and min(used.values()) >= least
+
+
+def test_no_name_tells_what_is_asked(rows):
+    for row in questions(rows, "vqa", "gqa"):
+        words = set(row.text.rstrip("?").split())
+        if row.text.endswith("the same color?") or row.template == "what color is the {name}?":
+            assert not words & set(COLORS), row
+        if row.text.endswith("the same shape?") or row.template == "what shape is the {name}?":
+            assert not words & set(OUTLINES), row
+        assert "bigger" not in words or not words & set(RADIUS), row
+
+
+def test_what_is_left_of_something_is_clearly_so(rows):
+    pattern = r"is the (.+?) (?:left|right|above|below)[a-z ]* the (.+)\?"
+    for row in questions(rows, "gqa"):
+        if row.kind in ("relation", "choose"):
+            scene = scene_of(row.scenes[0])
+            one, other = (the(scene, name) for name in re.fullmatch(pattern, row.text).groups())
+            axis = "x" if "left" in row.text or "right" in row.text else "y"
+            assert abs(getattr(one, axis) - getattr(other, axis)) >= 8
+
+
+def test_captions_are_true_and_differ():
+    placed = (rf"an? (small|big) ({'|'.join(COLORS)}) ({'|'.join(OUTLINES)}) (?:at|on|in) the "
+              r"((?:top|bottom)(?: left| right)?|left|middle|right)")
+    for scene in DRAWN:
+        own = Counter()
+        for o in scene.objects:
+            place = " ".join(word for word in where(o)[::-1] if word != "middle") or "middle"
+            own[o.size, o.color, o.shape, place] += 1
+        references = captions(scene)
+        assert len(references) == len(set(references)) == 5
+        for caption in references:
+            assert not Counter(re.findall(placed, caption)) - own, caption
+            words = {word.rstrip("s") for word in caption.replace(",", "").split()}
+            assert all(number(scene, word) for word in words & {*COLORS, *OUTLINES, *RADIUS})
+        if relation := re.fullmatch(rf"an? (.+) {RELATION} an? (.+)", references[3]):
+            one, how, other = relation.groups()
+            assert any(lies(p, how, q) for p in fitting(scene, one) for q in fitting(scene, other))
+        for count, name in re.findall(r"(two|three|four|five) (\w+ \w+)s", references[0]):
+            assert number(scene, name) == WORDS[count]
+
+
+# ---------------------------------------------------------------------------------------- balance
+
+def pattern_of(text):
+    """The text without its attributes: the rest is what a reader knows beforehand."""
+    for words, letter in ((COLORS, "C"), (RADIUS, "Z"), ((*OUTLINES, "object"), "N")):
+        text = re.sub(rf"\b({'|'.join(words)})(?=s?\b)", letter, text)
+    return re.sub(r"\ban? ", "", re.sub(r"(Z )?(C )?N", "X", text))
+
+
+def guess(train, test, what):
+    """Accuracy on test of the most frequent answer of train for the same `what`."""
+    seen = defaultdict(Counter)
+    for row in train:
+        seen[what(row)][row.answer] += 1
+    best = {key: answers.most_common(1)[0][0] for key, answers in seen.items()}
+    return sum(best.get(what(row)) == row.answer for row in test) / len(test)
+
+
+@pytest.mark.parametrize("task, most", [("vqa", 0.45), ("gqa", 0.55)])
+def test_the_question_does_not_tell_the_answer(rows, task, most):
+    train, test = rows[task]["train"], rows[task]["test"]
+    assert guess(train, train, lambda row: pattern_of(row.text)) < most
+    assert guess(train, test, lambda row: pattern_of(row.text)) < most
+    assert guess(train, test, lambda row: row.text) < most
+
+
+def test_every_answer_of_a_kind_is_as_frequent_as_the_others(rows):
+    for task, kinds in (("vqa", ("count", "color", "shape", "yes/no")),
+                        ("gqa", ("color", "shape", "relation", "choose", "same"))):
+        for kind in kinds:
+            answers = Counter(row.answer for row in rows[task]["train"] if row.kind == kind)
+            assert max(answers.values()) < 1.6 * min(answers.values()), (kind, answers)
+    answers = Counter(row.answer for row in rows["vqa"]["train"] if row.text.startswith("where"))
+    assert len(answers) == 5 and max(answers.values()) < 1.6 * min(answers.values())
+
+
+def test_neither_the_sentence_nor_one_picture_beside_it_is_enough(rows):
+    for part in rows["nlvr2"].values():
+        count = Counter((row.text, row.answer) for row in part)
+        assert all(count[text, "true"] == count[text, "false"] for text, _ in count)
+        for true, false in zip(part[::2], part[1::2]):  # twins
+            assert true.text == false.text
+            assert (true.answer, false.answer) == ("true", "false")
+            assert sum(i == j for i, j in zip(true.scenes, false.scenes)) == 1
+            assert true.scenes[0] != true.scenes[1]
+    train = rows["nlvr2"]["train"]
+    for side in (0, 1):  # half of the twins do not differ in it: 75 %
+        assert guess(train, train, lambda row: (row.text, row.scenes[side])) < 0.8
+
+
+def test_the_rows_of_a_scene_ask_different_things(rows):
+    for task in ("vqa", "gqa"):
+        kinds = defaultdict(list)
+        for row in rows[task]["train"]:
+            kinds[row.scenes].append(row.kind)
+        assert all(len(set(of_one)) == len(of_one) <= 4 for of_one in kinds.values())
+        assert np.mean([len(of_one) for of_one in kinds.values()]) > 2.5
+
+
+def test_the_bundled_tokenizer_knows_every_word(rows):
+    tokenizer = load_tokenizer("nano")
+    answers = {row.answer for row in questions(rows, "vqa", "gqa", "nlvr2")}
+    spoken = {caption for row in rows["coco"]["train"] for caption in row.answer}
+    for text in answers | spoken | {row.text for row in questions(rows, *TASKS)} - {""}:
+        ids = tokenizer.encode(text)
+        assert UNK not in ids and tokenizer.decode(ids) == text
+    assert all(1 <= len(tokenizer.encode(answer)) <= 3 for answer in answers)
+    assert max(len(tokenizer.encode(text)) for text in spoken) <= 60
+
+
+def test_captions_agree_with_each_other(rows):
+    """CIDEr-D of a scene's second reference against the others, far above another scene's."""
+    references = [row.answer for row in rows["coco"]["test"][:200]]
+    others, second = [[*own[:1], *own[2:]] for own in references], [own[1] for own in references]
+    assert cider_d(second, others) > 3 and cider_d(second[1:] + second[:1], others) < 1
+
+
+@pytest.mark.slow
+def test_one_caption_for_every_picture_earns_little():
+    """Of the 120 most frequent first references in training, the best on validation, on test."""
+    common = Counter(row.answer[0] for row in examples("coco", "train")).most_common(120)
+    val, test = ([row.answer for row in examples("coco", split)] for split in ("val", "test"))
+    best = max((text for text, _ in common), key=lambda text: cider_d([text] * len(val), val))
+    assert 100 * cider_d([best] * len(test), test) < 50

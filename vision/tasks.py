@@ -1,0 +1,308 @@
+"""Questions about pictures: official files or drawn scenes -> examples -> token ids (Sec. 4).
+
+    <folder>/*.json --load--> Example --encode--> Question --draw--> Row
+    Batch --answer--> text --score--> percent
+
+No score from the official VQA, GQA, NLVR2 or COCO files exists in this repository: their readers
+have only ever seen made-up files in the documented formats. easy-VQA's files were real.
+"""
+import json
+import random
+import sys
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from data import DATA_SEED, Batch, Dataset, Row, refuse_many
+from model import EOS, PAD
+from run.hub import sha256_of
+from vision import scenes
+from vision.metrics import bleu, cider_d, vqa_accuracy, vqa_soft_labels
+
+MAX_NEW_TOKENS = 20  # of a generated answer
+KARPATHY = {"train": 0, "restval": 0, "val": 1, "test": 2}  # his split of COCO's pictures
+MALFORMED = (ValueError, TypeError, KeyError, AttributeError, RecursionError)
+
+
+class Example(NamedTuple):
+    source: str                       # prompt and text
+    answers: dict[str, float]         # answer -> weight; a question of VQA may have none
+    images: tuple[str, ...]           # names of the pictures without folder and ending
+    references: tuple[str, ...] = ()  # what scores compare with: VQA's ten answers, all captions
+
+
+class Question(NamedTuple):
+    source: list[int]                             # token ids
+    answers: tuple[tuple[list[int], float], ...]  # token ids, weight
+    images: tuple[str, ...]
+
+
+class Task:
+    """What the tasks share. `make` of each says what a row of its files means."""
+
+    name = title = prompt = ""      # title: of its column in a table
+    files, folders = (), ()         # also looked for in these folders below --data
+    max_source = max_target = None  # tokens with the end token, at which texts are cut
+    share = 1                       # rows of a step over those of VQA's, among several tasks
+    pictures, epochs, num_beams, asked = 1, 20, 1, True  # Table 6: 20 epochs
+
+    def load(self, folder: str | None = None, prompts: str = "paper") -> Dataset:
+        """Return the examples of the files in a folder; None: those about drawn scenes.
+
+        ValueError of one line if files are missing or damaged, or over 1 % of the rows malformed.
+        """
+        if folder is None:
+            return self.from_scenes()
+        folder = Path(folder).expanduser()
+        homes = [folder, *(folder / name for name in self.folders)]
+        home = max(homes, key=lambda home: sum((home / name).is_file() for name in self.files))
+        for name in self.files:
+            if not (home / name).is_file():
+                raise ValueError(f"{home / name} is missing; {self.name} needs "
+                                 f"{' and '.join(self.files)} in {folder}")
+        name, parts, skipped, paths = self.read([home / name for name in self.files])
+        if not all(parts):
+            raise ValueError(f"{home} has {' + '.join(str(len(part)) for part in parts)} rows of "
+                             f"{self.name} to train + validate + test; get the official files")
+        folder = home if (home / "images").is_dir() else folder  # where its pictures are
+        return Dataset(*parts, name, folder, sha256_of(*paths), skipped, fallback=None)
+
+    def from_scenes(self) -> Dataset:
+        parts = [[example for row in scenes.examples(self.name, name)
+                  for example in self.examples(row.text, row.answer, row.scenes, part)]
+                 for part, name in enumerate(scenes.SCENES)]
+        path = Path(scenes.__file__)
+        return Dataset(*parts, "scenes", path.parent, sha256_of(path), 0, fallback=None)
+
+    def read(self, paths: list[Path]) -> tuple[str, tuple, int, list[Path]]:
+        """Return the data set's name, train, val and test, how many rows are skipped, the files."""
+        return self.name, *read_parts(paths, read_json, self.make), paths
+
+    def examples(self, text: str, answer: str | list, images: tuple, part: int) -> list[Example]:
+        """Return a row's examples; each of a list of captions is one in training."""
+        if isinstance(answer, str):
+            return [Example(self.prompt + text_of(text), {text_of(answer): 1.0}, images)]
+        captions = tuple(text_of(caption).strip() for caption in answer)
+        each = [captions] if part else [(caption,) for caption in captions]
+        return [Example(self.prompt, dict.fromkeys(one, 1.0), images, captions) for one in each]
+
+    def encode(self, examples: Sequence[Example], tokenizer) -> list[Question]:
+        """Return token ids, closed by the end token, at most as long as the task allows."""
+        def ids(text: str, most: int | None) -> list[int]:
+            return tokenizer.encode(text)[: most and most - 1] + [EOS]
+
+        return [Question(ids(source, self.max_source),
+                         tuple((ids(text, self.max_target), answers[text]) for text in answers),
+                         images) for source, answers, images, _ in examples]
+
+    def draw(self, rows: Sequence[Question], seed: int, step: int) -> list[Row]:
+        """Draw an answer of each question by its weight, which also weighs its loss; none: 0."""
+        rng, drawn = random.Random(f"{seed} {step}"), []
+        for source, answers, images in rows:
+            weights = [weight for _, weight in answers]
+            target, weight = rng.choices(answers, weights)[0] if answers else ([EOS], 0.0)
+            drawn.append(Row(source, target, images, weight))
+        return drawn
+
+    @torch.no_grad()
+    def answer(self, model, tokenizer, batch: Batch) -> list[str]:
+        """Return the text that the model generates for each row."""
+        ids = model.generate(batch.source_ids, batch.source_mask, MAX_NEW_TOKENS, self.num_beams,
+                             batch.images)
+        return [tokenizer.decode(row) for row in ids.tolist()]
+
+    def score(self, texts: Sequence[str], examples: Sequence[Example], prompts="paper") -> dict:
+        """Return the accuracy in percent: VQA's where ten people answered, else exact match."""
+        each = [vqa_accuracy(text, list(example.references)) if example.references
+                else example.answers.get(text, 0.0) for text, example in zip(texts, examples)]
+        accuracy = 100 * sum(each) / len(each)
+        return {"accuracy": accuracy, "score": accuracy, "invalid": 0, "undefined": 0}
+
+    def ask(self, text: str, prompts: str = "paper") -> Example:
+        """Return the example of a user's question, or of a picture to be described."""
+        if bool(text.strip()) != self.asked:
+            raise ValueError("--predict is empty: give it a question" if self.asked else
+                             f'{self.name} describes without being asked: give --predict ""')
+        return Example(self.prompt + text, {}, ())
+
+
+# ------------------------------------------------------------------------------------------ files
+
+def read_json(path: Path, inside: str | None = None) -> list:
+    """Return the rows of a JSON file, or of its part `inside`."""
+    try:
+        content = json.loads(path.read_bytes())
+        content = content[inside] if inside else content
+        return list(content.values() if isinstance(content, dict) else content)
+    except MALFORMED as error:
+        raise ValueError(f"{path} is damaged ({error!r:.100}); get the official file") from None
+
+
+def text_of(value) -> str:
+    """Return a text that says something and that UTF-8 can write; otherwise ValueError."""
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{value!r:.60} is no text")
+    value.encode()  # UnicodeEncodeError is a ValueError
+    return value
+
+
+def read_parts(paths: list[Path], rows: Callable, make: Callable) -> tuple[tuple, int]:
+    """Return (train, val, test) of the files' examples, and how many malformed rows are skipped."""
+    parts, skipped = ([], [], []), 0
+    for number, path in enumerate(paths):
+        count, bad = 0, []
+        for count, row in enumerate(rows(path), 1):
+            try:
+                part, examples = make(row, number)
+                parts[part].extend(examples)
+            except MALFORMED as error:
+                bad.append((count, f"{error!r:.100}"))
+        refuse_many(path, bad, count, "row")
+        skipped += len(bad)
+    return parts, skipped
+
+
+def by_image(examples: list[Example], train: float, val: float) -> tuple:
+    """Split by picture: these shares of them, the rest to test; the same for every seed."""
+    images = sorted({example.images for example in examples})
+    generator = torch.Generator().manual_seed(DATA_SEED)
+    order = torch.randperm(len(images), generator=generator).tolist()
+    ends = round(train * len(images)), round((train + val) * len(images))
+    part_of = {images[i]: sum(place >= end for end in ends) for place, i in enumerate(order)}
+    return tuple([one for one in examples if part_of[one.images] == part] for part in range(3))
+
+
+# ------------------------------------------------------------------------------------------ tasks
+
+class VQA(Task):
+    """VQA v2. Beside dataset_coco.json it is split as there, as in the paper. Otherwise val2014 is
+    halved by picture: scores near the paper's, but not comparable."""
+
+    name, title, prompt, folders = "vqa", "VQA", "vqa: ", ("vqa",)
+    files = ("v2_OpenEnded_mscoco_train2014_questions.json", "v2_mscoco_train2014_annotations.json",
+             "v2_OpenEnded_mscoco_val2014_questions.json", "v2_mscoco_val2014_annotations.json")
+    max_source, max_target = 20, 10
+
+    def read(self, paths):
+        extra = [path for path in [paths[0].with_name("dataset_coco.json")] if path.is_file()]
+        coco = TASKS["coco"].read(extra)[1]
+        split = {example.images: part for part, of_part in enumerate(coco) for example in of_part}
+        ten = {}
+        for path in paths[1::2]:
+            for row in read_json(path, "annotations"):
+                with suppress(*MALFORMED):
+                    each = [answer["answer"] for answer in row["answers"]]  # may be empty
+                    texts = tuple(sys.intern(one and text_of(one)) for one in each)
+                    ten[row["question_id"]] = texts
+
+        def make(row, part):
+            images = (f"COCO_{('train2014', 'val2014')[part]}_{row['image_id']:012d}",)
+            given = ten.get(row["question_id"], ())
+            if len(given) != 10:
+                raise ValueError(f"no ten answers to question {row['question_id']}")
+            weights = vqa_soft_labels(Counter(answer for answer in given if answer))
+            example = Example(self.prompt + text_of(row["question"]), weights, images, given)
+            return split[images] if extra else part, [example]
+
+        parts, skipped = read_parts(paths[::2], lambda path: read_json(path, "questions"), make)
+        if extra:
+            return "vqa-karpathy", parts, skipped, paths + extra
+        return "vqa-halved", (parts[0], *by_image(parts[1], 0, 0.5)[1:]), skipped, paths
+
+
+class GQA(Task):
+    """GQA's balanced questions, {id: {"question", "answer", "imageId"}}."""
+
+    # Paper: the authors' prompt is "gpa: ", a slip of the pen; the side network learns either.
+    # They train on train and val and watch testdev; ours chooses the epoch by val.
+    name, title, prompt, folders = "gqa", "GQA", "gqa: ", ("GQA", "questions1.2")
+    files = tuple(f"{part}_balanced_questions.json" for part in ("train", "val", "testdev"))
+    max_source, share = 20, 100 / 60
+
+    def make(self, row, part):
+        return part, self.examples(row["question"], row["answer"], (text_of(row["imageId"]),), part)
+
+
+class NLVR2(Task):
+    """NLVR2's JSON lines: dev-896-0-1 is a sentence about dev-896-0-img0 and dev-896-0-img1."""
+
+    name, title, prompt, folders = "nlvr2", "NLVR2", "nlvr: ", ("nlvr",)
+    files = ("train.json", "dev.json", "test1.json")  # test1 is the public test-P
+    pictures, share = 2, 20 / 60
+
+    def read(self, paths):
+        parts = read_parts(paths, lambda path: path.read_bytes().splitlines(), self.make)
+        return "nlvr2", *parts, paths
+
+    def make(self, row, part):
+        row = json.loads(row)
+        pair = text_of(row["identifier"].rpartition("-")[0])
+        word = {"True": "true", "False": "false"}[str(row["label"])]
+        return part, self.examples(row["sentence"], word, (f"{pair}-img0", f"{pair}-img1"), part)
+
+    @torch.no_grad()
+    def answer(self, model, tokenizer, batch):
+        """Return the likelier of the two words."""
+        state = model.start(batch.source_ids, batch.source_mask, images=batch.images)
+        logits = model.step(torch.full_like(batch.source_ids[:, :1], PAD), state)  # (B, V)
+        false, true = (logits[:, tokenizer.encode(word)[0]] for word in ("false", "true"))
+        return ["true" if one else "false" for one in (true >= false).tolist()]
+
+
+class COCO(Task):
+    """Karpathy's dataset_coco.json."""
+
+    name, title, prompt, folders = "coco", "COCO", "caption:", ("COCO",)
+    files = ("dataset_coco.json",)
+    max_target, share, num_beams, asked = 40, 50 / 60, 5, False
+
+    def make(self, row, part):
+        captions = [sentence["raw"] for sentence in row["sentences"]] or [None]  # no captions: bad
+        part, images = KARPATHY[row["split"]], (Path(text_of(row["filename"])).stem,)
+        return part, self.examples("", captions, images, part)
+
+    def read(self, paths):
+        parts = read_parts(paths, lambda path: read_json(path, "images"), self.make)
+        return "coco-karpathy", *parts, paths
+
+    def score(self, texts, examples, prompts="paper"):
+        """Return CIDEr-D, times 100 as in Table 3, and BLEU-4."""
+        references = [list(example.references) for example in examples]
+        cider, bleu4 = 100 * cider_d(texts, references), 100 * bleu(texts, references)[3]
+        return {"cider": cider, "bleu4": bleu4, "score": cider, "invalid": 0, "undefined": 0}
+
+
+class EasyVQA(Task):
+    """Rows [question, answer, picture's number]; a tenth of the pictures validates, one tests."""
+
+    name, title, prompt, folders = "easy-vqa", "easy-VQA", "vqa: ", ("easy_vqa", "train")
+    files = ("questions.json",)
+    max_source, max_target = 20, 10
+
+    def make(self, row, part):
+        question, answer, number = row
+        if type(number) is not int or number < 0:
+            raise ValueError(f"{number!r:.60} is no number of a picture")
+        return part, self.examples(question, answer, (str(number),), part)
+
+    def read(self, paths):
+        name, parts, *more = super().read(paths)
+        return name, by_image(parts[0], 0.8, 0.1), *more
+
+
+TASKS = {task.name: task for task in (VQA(), GQA(), NLVR2(), COCO(), EasyVQA())}
+
+
+def multitask(batches: Mapping[str, Sequence], epoch: int) -> list[tuple]:
+    """Return an epoch's steps, each of one task: {task: its batches} -> [(task, batch), ...].
+
+    All batches of all tasks, shuffled with the epoch as seed (the authors' "roundrobin").
+    """
+    names = [task for task, of_task in batches.items() for _ in of_task]
+    random.Random(epoch).shuffle(names)
+    waiting = {task: iter(of_task) for task, of_task in batches.items()}
+    return [(task, next(waiting[task])) for task in reversed(names)]  # theirs pops from the end
