@@ -72,7 +72,8 @@ def show(args: Namespace, cases: list) -> dict:
         for timed in (False, False, True, True):
             start = time.perf_counter()
             runs[name]()
-            seconds[name] += [time.perf_counter() - start] * timed
+            if timed:
+                seconds[name].append(time.perf_counter() - start)
         progress.step(turn, name)
 
     rows = [{"method": name, "model": cases[0].model, "seconds": statistics.median(times),

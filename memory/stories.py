@@ -46,7 +46,8 @@ def show_rows(args: Namespace, title: str, rows: Sequence[dict]) -> None:
     for row in rows:
         cells = [f"{row[kind] / GB:.2f}" for kind in (*KINDS, "peak")]
         cells += [row["paper_gb"] or "", f"{row['inference_peak_paper_gb']:.2f}"]
-        cells += [row["paper_inference_gb"] or "", f"{row.get('flops', 0) / 1e12:.1f}"]
+        cells.append(row["paper_inference_gb"] or "")
+        cells.append(f"{row['flops'] / 1e12:.1f}" if "flops" in row else "")
         cells += [f"{(row['measured_peak'] or 0) / GB:.2f}"] if "measured_peak" in row else []
         line = "".join(f"{cell:>6}" for cell in cells)
         print(f"{row['label']:{width}}{row['trainable_percent']:7.2f}  {line}")
@@ -126,8 +127,7 @@ def sweep(args: Namespace, cases: list) -> dict:
     rows = count_all([case for _, case in swept], lambda case: case.account())
     for (value, case), row in zip(swept, rows):
         row |= {args.sweep: value, "label": f"{args.sweep} {value}, {case.name}"}
-    show_rows(args, f"Peak of a step over {args.sweep}, {cases[0].model}, {args.attention} attention",
-              rows)
+    show_rows(args, f"Peak of a step of {cases[0].model}, {args.attention} attention", rows)
     if len(cases) == 3:
         for full, lst in zip(rows[0::3], rows[2::3]):
             print(f"{args.sweep} {lst[args.sweep]}: full / LST {full['peak'] / lst['peak']:.2f}")

@@ -46,7 +46,8 @@ def collate(rows: list[data.Row], features: Features | None, device: str) -> dat
 
 def some(rows: Rows, count: int, seed: int, device: str, size: int = 32) -> Iterator[data.Batch]:
     """Batches of so many random rows, without pictures; those of similar length are together."""
-    each = [(task, row) for task, of_task in rows.items() for row in of_task]
+    each = [(task, row) for task, of_task in rows.items() for row in of_task
+            if getattr(row, "answers", True)]  # VQA has questions without an answer
     order = torch.randperm(len(each), generator=torch.Generator().manual_seed(seed)).tolist()
     chosen = [TASKS[task].draw([row], seed, number)[0]
               for number, (task, row) in enumerate((each[i] for i in order[:count]), 1)]

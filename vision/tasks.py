@@ -51,9 +51,9 @@ class Task:
     pictures, epochs, num_beams, asked = 1, 20, 1, True  # Table 6: 20 epochs
 
     def load(self, folder: str | None = None, prompts: str = "paper") -> Dataset:
-        """Return the examples of the files in a folder; None: those about drawn scenes.
+        """Return the examples of the files in a folder; None: of drawn scenes.
 
-        ValueError of one line if files are missing or damaged, or over 1 % of the rows malformed.
+        ValueError if files are missing or damaged, or more than 1 % of the rows malformed.
         """
         if folder is None:
             return self.from_scenes()
@@ -209,16 +209,16 @@ class VQA(Task):
             return split[images] if extra else part, [example]
 
         parts, skipped = read_parts(paths[::2], lambda path: read_json(path, "questions"), make)
-        if extra:
-            return "vqa-karpathy", parts, skipped, paths + extra
-        return "vqa-halved", (parts[0], *by_image(parts[1], 0, 0.5)[1:]), skipped, paths
+        if not extra:
+            parts = parts[0], *by_image(parts[1], 0, 0.5)[1:]
+        return "vqa-karpathy" if extra else "vqa-halved", parts, skipped, paths + extra
 
 
 class GQA(Task):
     """GQA's balanced questions, {id: {"question", "answer", "imageId"}}."""
 
     # Paper: the authors' prompt is "gpa: ", a slip of the pen; the side network learns either.
-    # They train on train and val and watch testdev; ours chooses the epoch by val.
+    # Paper: they train on train and val and watch testdev; ours chooses the epoch by val.
     name, title, prompt, folders = "gqa", "GQA", "gqa: ", ("GQA", "questions1.2")
     files = tuple(f"{part}_balanced_questions.json" for part in ("train", "val", "testdev"))
     max_source, share = 20, 100 / 60
@@ -298,10 +298,7 @@ TASKS = {task.name: task for task in (VQA(), GQA(), NLVR2(), COCO(), EasyVQA())}
 
 
 def multitask(batches: Mapping[str, Sequence], epoch: int) -> list[tuple]:
-    """Return an epoch's steps, each of one task: {task: its batches} -> [(task, batch), ...].
-
-    All batches of all tasks, shuffled with the epoch as seed (the authors' "roundrobin").
-    """
+    """Return an epoch's steps, (task, batch): all of all tasks, shuffled as the authors do."""
     names = [task for task, of_task in batches.items() for _ in of_task]
     random.Random(epoch).shuffle(names)
     waiting = {task: iter(of_task) for task, of_task in batches.items()}

@@ -56,7 +56,8 @@ def test_nothing_is_drawn_outside_the_picture(tmp_path):
 def test_words_with_marks_of_xml_are_shown_as_they_are(tmp_path):
     path, name = tmp_path / "picture.svg", "a < b & \"c\" > 'd' ü"
     plot.stacked_bars(path, name, [name], [(name, [1.0], None)])
-    assert [element.text for element in drawn(path, "text")].count(name) == 3  # title, legend, label
+    words = [element.text for element in drawn(path, "text")]
+    assert words.count(name) == 3  # title, legend, label
 
 
 def test_bars_of_the_terminal_fit_100_columns(capsys):

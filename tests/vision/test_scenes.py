@@ -10,8 +10,8 @@ import pytest
 from model import UNK, load_tokenizer
 from vision import scenes
 from vision.metrics import cider_d
-from vision.scenes import (COLORS, OUTLINES, RADIUS, REACH, SIDE, TASKS, TILTS, Object, Scene,
-                           captions, coverage, draw, examples, scene_of)
+from vision.scenes import (COLORS, OUTLINES, RADIUS, REACH, SIDE, TASKS, Scene, captions,
+                           coverage, draw, examples, scene_of)
 
 DRAWN = [scene_of(f"train-{i}") for i in range(400)]
 
@@ -51,23 +51,6 @@ def test_objects_keep_apart_and_stay_inside():
             assert REACH[o.size] <= min(o.x, o.y) and max(o.x, o.y) < SIDE - REACH[o.size]
 
 
-def test_area_of_each_shape():
-    def polygon(corners):
-        edges = zip(corners, corners[1:] + corners[:1])
-        return abs(sum(x0 * y1 - x1 * y0 for (x0, y0), (x1, y1) in edges)) / 2 / 100 ** 2
-
-    inner = math.sin(math.pi / 10) / math.sin(3 * math.pi / 10)
-    tips = [(125 * (1, inner)[i % 2], math.pi * i / 5) for i in range(10)]
-    areas = {"circle": math.pi,
-             "star": polygon([(far * math.sin(turn), -far * math.cos(turn)) for far, turn in tips]),
-             **{name: polygon(OUTLINES[name]) for name in ("square", "triangle", "diamond")}}
-    for shape in OUTLINES:
-        for size, radius in RADIUS.items():
-            for tilt in TILTS:
-                area = coverage(shape, size, tilt).sum() / 64
-                assert area == pytest.approx(areas[shape] * radius ** 2, rel=0.02), (shape, tilt)
-
-
 def test_shapes_stand_upright():
     """Points in radii from the centre, y down: the first lies inside, the second outside."""
     points = {"circle": ((0.65, 0.65), (0.8, 0.8)), "square": ((0.75, 0.75), (0, 1.05)),
@@ -80,17 +63,6 @@ def test_shapes_stand_upright():
                                                             13 + round(10 * (cos * x - sin * y))]
                                for x, y in spots)
             assert inside > 56 and outside < 8, (shape, tilt)
-
-
-def test_edges_are_smooth_and_colors_easy_to_tell_apart():
-    for shape in OUTLINES:
-        picture = draw(Scene((Object("big", "black", shape, 32, 32, 1),), (230, 230, 230), 100))
-        assert len(np.unique(picture[..., 0])) >= 10  # shades
-    lit = {color: np.array([np.array(value) * light // 100 for light in range(84, 101)])
-           for color, value in COLORS.items()}
-    for one in lit:
-        for other in lit.keys() - {one}:
-            assert abs(lit[one][:, None] - lit[other][None]).max(axis=2).min() >= 40, (one, other)
 
 
 def test_pictures_and_rows_are_the_same_everywhere():
