@@ -170,8 +170,7 @@ class Case:
         if self.dtype == "bf16" and self.method == "full":
             raise ValueError("--dtype bf16 is for frozen backbones: give a --method but full")
         if self.method == "lst" and self.attention == "fused" and c.d_kv // self.r % 4 and on_cuda:
-            raise ValueError(f"--r {self.r} makes heads {c.d_kv // self.r} wide, and CUDA's fused "
-                             "kernel takes multiples of 4: use --attention eager")
+            raise ValueError(f"--r {self.r}: heads too narrow for CUDA's kernel, use --attention eager")
         return self
 
     def build(self, fast: bool = True) -> nn.Module:

@@ -22,10 +22,6 @@ slow = pytest.mark.slow
 TABLE_1 = [case for case in PAPER if not case.images]
 
 
-def some_slow(values, quick):
-    return [pytest.param(value, marks=[] if value in quick else slow) for value in values]
-
-
 @pytest.fixture
 def tiny(monkeypatch):
     """Every size is that of two layers of width 32."""
@@ -80,7 +76,8 @@ def test_training_biases_saves_half_for_gelu_and_only_the_input_for_relu(activat
     assert (full == 2 * bias) == (activation == "GELU")  # "up to 50 %"
 
 
-@pytest.mark.parametrize("case", some_slow(PAPER, [Case("lst"), Case("lst", **TABLE_3)]), ids=str)
+@pytest.mark.parametrize("case", [
+    pytest.param(case, marks=[slow] * (case != Case("lst"))) for case in PAPER], ids=str)
 def test_the_papers_memory_is_reproduced_under_the_conventions_of_its_environment(case):
     row = published(case)
     assert (row["paper_gb"], row["paper_inference_gb"]) == PAPER[case]
@@ -128,8 +125,8 @@ def test_our_lst_is_smaller_than_lora_with_checkpointing_too():
         assert peak(replace(case, attention="fused")) / GB <= limit
 
 
-@pytest.mark.parametrize("changes, most", [({}, 0.7),
-                                           pytest.param(dict(checkpoint=True), 1, marks=slow)])
+@slow
+@pytest.mark.parametrize("changes, most", [({}, 0.7), (dict(checkpoint=True), 1)])
 def test_our_lst_needs_less_than_every_baseline_beside_images(changes, most):
     *others, ladder = (peak(Case(method, "t5-small", **TABLE_3 | changes))
                        for method in ("lora", "bitfit", "lst"))  # the smallest two

@@ -242,7 +242,7 @@ def test_the_cache_convention_makes_the_ladders_peak_larger_and_saves_nothing_mo
 
 
 @pytest.mark.parametrize("attention", [pytest.param("eager", marks=slow), "fused"])
-@pytest.mark.parametrize("method", ["full", "lora", "lst"])
+@pytest.mark.parametrize("method", ["full", pytest.param("lora", marks=slow), "lst"])
 def test_checkpointing_shrinks_saved_activations_and_the_peak(method, attention):
     kept, again = (step(method, 16, 32, attention=attention, checkpoint=checkpoint, num_layers=4)
                    for checkpoint in (False, True))

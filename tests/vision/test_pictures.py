@@ -6,7 +6,6 @@ import json
 import shutil
 import sys
 from collections import Counter
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
