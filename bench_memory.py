@@ -28,7 +28,7 @@ from memory.account import GB
 from memory.published import CONVENTIONS
 from model import CLIPT5, T5, T5Config
 from run import kernels
-from run.arguments import Parser, layers, positive, whole
+from run.arguments import Parser, numbers, positive, whole
 from run.report import exit_cleanly, hardware
 from side import Gate, LadderT5
 
@@ -170,7 +170,7 @@ class Case:
         if self.dtype == "bf16" and self.method == "full":
             raise ValueError("--dtype bf16 is for frozen backbones: give a --method but full")
         if self.method == "lst" and self.attention == "fused" and c.d_kv // self.r % 4 and on_cuda:
-            raise ValueError(f"--r {self.r}: heads too narrow for CUDA's kernel, use --attention eager")
+            raise ValueError(f"--r {self.r}: fused heads are 4, 8, ... wide: use --attention eager")
         return self
 
     def build(self, fast: bool = True) -> nn.Module:
@@ -298,7 +298,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--source-length", type=positive, help="default: the paper's")
     add("--target-length", type=positive, help="default: the paper's")
     add("--r", type=positive, help="reduction factor; default: the paper's")
-    add("--keep", type=lambda text: () if text == "all" else tuple(layers(text)),
+    add("--keep", type=lambda text: () if text == "all" else tuple(numbers(text)),
         help="0-based layers of the ladder, or all; default: the paper's; all with --time")
     add("--freeze", type=whole, default=0, metavar="K", help="train no layer below K (Fig. 6)")
     add("--attention", choices=("eager", "fused"), default="eager", help="default: eager (paper)")

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from model import EOS, PAD, Tokenizer
-from run.hub import download, lock, sha256_of
+from run.folder import lock
+from run.hub import download, sha256_of
 from run.metrics import glue_score
 
 GLUE = "https://dl.fbaipublicfiles.com/glue/data/"  # GLUE_BASE_URL names a mirror of it

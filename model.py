@@ -540,7 +540,7 @@ def load_t5(model: str | Path, device: str | torch.device = "cpu",
             weights["shared.weight"] = weights[copy]
     # What transformers 5 saves says that v1.1 is tied, too; the head in the file knows better.
     head, tied = weights.get("lm_head.weight"), config.tie_word_embeddings
-    if tied and head is not None and torch.equal(head.float(), weights["shared.weight"].float()):
+    if tied and head is not None and torch.equal(head, weights["shared.weight"]):
         del weights["lm_head.weight"]
     config = replace(config, tie_word_embeddings=tied and "lm_head.weight" not in weights,
                      attention=attention, checkpoint=checkpoint,

@@ -2,12 +2,10 @@
 
     python train.py --task sst2                      # the bundled backbone, minutes on a laptop
     python train.py --task rte --model t5-base --keep 1,2,3,5,6,7,9,10,11   # LST's row of Table 1
-    python train.py --task glue --seeds 0,1,2 --model t5-base --out table1  # 24 runs, a table
-    python train.py --task rte --model t5-base --method lora
+    python train.py --task glue --seeds 0,1,2 --model t5-base --method lora # 24 runs, their table
     torchrun --nproc-per-node 4 train.py --task mnli --model t5-large
     python train.py --out runs/sst2-lst-0 --predict "a gripping , beautifully acted film"
     python train.py --task vqa                       # questions about drawn pictures
-    python train.py --task nlvr2 --init runs/vqa-lst-0      # from what another run has learned
     python train.py --out runs/vqa-lst-0 --predict "what color is the star?" --image star.png
 
 A run's folder holds config.json, metrics.jsonl, results.json and trained.safetensors (what was
@@ -35,7 +33,7 @@ from run.folder import Run, load_trained, read_config, trainable
 from run.options import DTYPES, parse
 from run.predict import check_frozen, check_start, predict
 from run.report import print0
-from run.settings import announce, conclude, identity, load_data, stopped
+from run.settings import about, announce, conclude, identity, load_data, stopped
 from run.sweep import run_all
 from run.tasks import TASKS, Rows, average, batches, collate, epoch_steps, has_pictures, some
 from side import LadderT5
@@ -65,8 +63,7 @@ def initialize(ladder: LadderT5, args: argparse.Namespace, rows: Rows) -> None:
         importance = prune.fisher(ladder.backbone, samples, args.fisher_samples)
         prune.init_side(ladder, importance, args.prune)
     elif args.init != "random":
-        # Paper: always from the backbone. What one task has taught, to look for instance, helps
-        # with another.
+        # Paper: always from the backbone. What one task has taught, such as to look, helps another.
         check_start(args)
         load_trained(args.init, ladder)
         print0(f"the side network starts as it is in {args.init}")
@@ -94,11 +91,11 @@ def backward(model: nn.Module, rows: list[Row], args: argparse.Namespace,
     Each of the world_size processes takes a share of the rows in --accumulate passes. A pass is
     divided by the tokens of the whole batch: the sum over passes and processes is the mean.
     """
-    tokens, world_size = sum(len(row.target) for row in rows), processes.world_size()
-    passes, mine = world_size * args.accumulate, processes.rank() * args.accumulate
+    tokens = sum(len(row.target) for row in rows)  # of the whole batch
+    world_size, first = processes.world_size(), processes.rank() * args.accumulate
     loss = torch.zeros((), device=args.device)
-    for i in range(mine, mine + args.accumulate):
-        share, last = rows[i::passes], i == mine + args.accumulate - 1
+    for i in range(first, first + args.accumulate):
+        share, last = rows[i :: world_size * args.accumulate], i == first + args.accumulate - 1
         if not share and not last:
             continue  # the last batch of an epoch may have fewer rows than there are passes
         batch = collate(share or rows[:1], features, args.device)
@@ -166,9 +163,7 @@ def train(args: argparse.Namespace, out: Path) -> dict:
     # optimizer, and where the run begins
     optimizer = torch.optim.AdamW(trainable(model).values(), args.lr, (0.9, args.beta2),
                                   args.epsilon, args.weight_decay, fused=True)
-    about = {"command": args.command, "versions": report.versions(),
-             "hardware": report.hardware(args.device)}
-    run = Run(out, identity(args, datasets), about, args.resume, args.device, began)
+    run = Run(out, identity(args, datasets), about(args), args.resume, args.device, began)
     if run.results:
         print0(f"the run in {out} has ended, nothing is left to do")
         return run.results
@@ -225,9 +220,9 @@ def fit(args: argparse.Namespace, run: Run, model: nn.Module, optimizer: torch.o
                 run.step, seen = run.step + 1, seen + len(chosen)
                 run.log({"step": run.step, "epoch": epoch + 1, "loss": loss, "lr": lr,
                          "seconds": round(run.seconds(), 2)})
+                speed, peak = seen / (time.time() - began), run.peak() / 2**20
                 progress.step(run.step, f"epoch {epoch + 1}  loss {loss:.4f}  "
-                              f"{seen / (time.time() - began):.0f} examples/s  "
-                              f"peak {run.peak() / 2**20:.0f} MiB")
+                              f"{speed:.0f} examples/s  peak {peak:.0f} MiB")
                 if stop or run.step % args.save_steps == 0 or run.step == first + len(steps):
                     run.save(model, optimizer)
                 if stop:

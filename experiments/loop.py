@@ -33,8 +33,7 @@ import train  # noqa: E402
 from model import load_tokenizer  # noqa: E402
 from run import kernels, options, report, settings  # noqa: E402
 from run.arguments import Parser, positive  # noqa: E402
-from run.files import write_json  # noqa: E402
-from run.folder import Run, trainable  # noqa: E402
+from run.folder import Run, trainable, write_json  # noqa: E402
 
 COMPUTATION = {
     "forward": [(train, "loss_of")],

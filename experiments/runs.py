@@ -24,8 +24,8 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from run.arguments import Parser, positive, seeds  # noqa: E402
-from run.files import write_json  # noqa: E402
+from run.arguments import Parser, numbers, positive  # noqa: E402
+from run.folder import write_json  # noqa: E402
 from run.report import exit_cleanly  # noqa: E402
 
 
@@ -197,7 +197,7 @@ if __name__ == "__main__":
         "nothing is run")
     add("--jobs", type=positive, default=1, help="runs at a time (default 1)")
     add("--only", type=lambda text: text.split(","), help="variants to run, as in the json file")
-    add("--seeds", type=seeds, default=[0, 1, 2], help="seeds to run (default 0,1,2)")
+    add("--seeds", type=numbers, default=[0, 1, 2], help="seeds to run (default 0,1,2)")
     arguments = parser.parse_args()
     chosen = Runs(arguments.which)
     for name in arguments.only or []:

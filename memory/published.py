@@ -50,22 +50,6 @@ class SoftmaxOf2021(torch.autograd.Function):
         return g - weights * g.sum(-1, keepdim=True), None
 
 
-def softmax(scores: Tensor, dim: int) -> Tensor:
-    return SoftmaxOf2021.apply(scores, dim)
-
-
-def norm(self: RMSNorm, x: Tensor) -> Tensor:
-    return self.weight * (x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + self.epsilon))
-
-
-def feed_forward(self: FeedForward, x: Tensor) -> Tensor:
-    return self.wo(self.dropout(F.relu(self.wi(x))))
-
-
-def gelu(x: Tensor, approximate: str) -> Tensor:
-    return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
-
-
 def rung(self: SideBlock, h_side: Tensor, h_backbone: Tensor, *rest) -> Tensor:
     """h_side (B, S + P, d), images behind the text; h_backbone (B, S, D) -> (B, S + P, d)"""
     mu, P = self.rung.mu, h_side.size(1) - h_backbone.size(1)
@@ -73,9 +57,16 @@ def rung(self: SideBlock, h_side: Tensor, h_backbone: Tensor, *rest) -> Tensor:
     return self.block(mu * h_down + (1 - mu) * h_side, *rest)
 
 
-PATCHES = {"softmax": (torch, "softmax", softmax), "norm": (RMSNorm, "forward", norm),
-           "feed-forward": (FeedForward, "forward", feed_forward),
-           "gelu": (F, "gelu", gelu), "rung": (SideBlock, "forward", rung)}
+PATCHES = {
+    "softmax": (torch, "softmax", lambda scores, dim: SoftmaxOf2021.apply(scores, dim)),
+    "norm": (RMSNorm, "forward", lambda self, x: self.weight * (
+        x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + self.epsilon))),
+    "feed-forward": (FeedForward, "forward",
+                     lambda self, x: self.wo(self.dropout(F.relu(self.wi(x))))),
+    "gelu": (F, "gelu", lambda x, approximate: 0.5 * x * (
+        1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))),
+    "rung": (SideBlock, "forward", rung),
+}
 
 
 @contextmanager

@@ -13,8 +13,7 @@ class Parser(argparse.ArgumentParser):
 
 def whole(text: str, least: int = 0) -> int:
     if not (text.isascii() and text.isdecimal() and least <= int(text[:11]) <= 10**9):
-        wrong = f"{text[:20]!r} is not a whole number from {least} to 10^9"
-        raise argparse.ArgumentTypeError(wrong)
+        raise argparse.ArgumentTypeError(f"{text[:20]!r} is no whole number from {least} to 10^9")
     return int(text)
 
 
@@ -28,6 +27,3 @@ def numbers(text: str) -> list[int]:
     if len(set(found)) < len(found):
         raise argparse.ArgumentTypeError(f"{text!r} names a number twice")
     return found
-
-
-layers = seeds = numbers

@@ -11,7 +11,7 @@ import torch
 import data
 from methods import METHODS
 from model import NANO, PUBLIC
-from run.arguments import Parser, layers, positive, seeds, whole
+from run.arguments import Parser, numbers, positive, whole
 from run.tasks import TASKS, has_pictures
 from vision.clip import CLIP_PUBLIC
 
@@ -64,7 +64,7 @@ def parse(argv: Sequence[str] | None, description: str) -> argparse.Namespace:
     add = parser.add_argument_group("the ladder (Sec. 3)").add_argument
     add("--r", "--reduction", type=positive, help="reduction factor (default 8, for pictures 4); "
         "after torchrun, which has an --r of its own, write --reduction")
-    add("--keep", type=layers, help="0-based layers that have a side layer: 1,3,5 (default: all)")
+    add("--keep", type=numbers, help="0-based layers that have a side layer: 1,3,5 (default: all)")
     add("--init", type=path, default="fisher", help="prune by fisher (default) or magnitude; or "
         "random; or the folder of a run, whose side network is taken")
     add("--prune", default="published", choices=("published", "aligned"), help="how to choose rows")
@@ -83,7 +83,7 @@ def parse(argv: Sequence[str] | None, description: str) -> argparse.Namespace:
     add("--warmup-steps", type=whole, help="steps in which the learning rate rises")
     add("--dropout", type=float, help="in what trains (default: the backbone's)")
     either("--seed", type=whole, help="of order, dropout and random weights (default 0)")
-    either("--seeds", type=seeds, help="a run each, for mean and deviation: 0,1,2")
+    either("--seeds", type=numbers, help="a run each, for mean and deviation: 0,1,2")
     cuda = torch.cuda.is_available()
     add("--device", default="cuda" if cuda else "cpu", help="cpu or cuda (default %(default)s)")
     add("--dtype", default="fp32", choices=DTYPES, help="of the frozen backbone: fp32 or bf16")

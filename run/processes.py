@@ -16,14 +16,10 @@ from torch.nn.parallel import DistributedDataParallel
 def start(device: str) -> str:
     """Join the processes that torchrun has started, and return this one's device."""
     local = os.environ.get("LOCAL_RANK")
-    if local is None:
-        return device
-    if device.startswith("cuda"):
-        if device != "cuda" or int(local) >= torch.cuda.device_count():
-            raise ValueError(f"--device {device}: torchrun takes cuda, and a GPU for each process")
+    if local and device.startswith("cuda"):
         device = f"cuda:{local}"
         torch.cuda.set_device(device)
-    if not dist.is_initialized():
+    if local and not dist.is_initialized():
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     return device
 
@@ -69,12 +65,10 @@ def gather(mine: dict) -> dict:
 
 def first(function: Callable, *arguments):
     """Call a function on rank 0 only. Every process gets its result or error. Do not nest."""
-    result = [None]
-    if rank() == 0:
-        try:
-            result = [function(*arguments)]
-        except (ValueError, OSError) as error:
-            result = [error]
+    try:
+        result = [function(*arguments) if rank() == 0 else None]
+    except (ValueError, OSError) as error:
+        result = [error]
     if dist.is_initialized():
         dist.broadcast_object_list(result)
     if isinstance(result[0], Exception):

@@ -1,13 +1,11 @@
 """What a run prints: how far it is, its scores, its memory, its gates, and how it ends."""
 import contextlib
-import os
 import platform
 import re
 import resource
 import shutil
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
@@ -16,17 +14,17 @@ from pathlib import Path
 import torch
 from torch.distributed import DistError
 
-from run import processes
+from run.processes import rank, world_size
 
 
 def print0(text: str) -> None:
     """Print in the first process only."""
-    if processes.rank() == 0:
+    if rank() == 0:
         print(text, flush=True)
 
 
 class Progress:
-    """A line that is rewritten on a terminal; elsewhere one for each tenth, and every 30 s."""
+    """A line that is rewritten on a terminal; elsewhere one for each tenth."""
 
     def __init__(self, title: str, total: int, begin: int = 0):
         self.title, self.total, self.begin, self.tenths = title, total, begin, 0
@@ -34,8 +32,8 @@ class Progress:
 
     def step(self, done: int, detail: str = "") -> None:
         live, now, tenths = sys.stdout.isatty(), time.time(), done * 10 // self.total
-        due = now - self.shown > (0.2 if live else 30) or (not live and tenths > self.tenths)
-        if processes.rank() > 0 or not (due or done == self.total):
+        due = now - self.shown > 0.2 if live else tenths > self.tenths
+        if rank() > 0 or not (due or done == self.total):
             return
         self.shown, self.tenths = now, tenths
         left = int((now - self.start) / (done - self.begin) * (self.total - done))
@@ -65,8 +63,6 @@ def gates(ladder) -> str:
     return "\n".join(lines)
 
 
-# ------------------------------------------------------------------------------ memory and machine
-
 def reset_peak(device: str) -> None:
     """Begin a new peak, where the system can (Linux, CUDA): each of several runs has its own."""
     if device.startswith("cuda"):
@@ -79,9 +75,6 @@ def peak_memory(device: str) -> tuple[int, str]:
     """Return bytes, and what they are the peak of."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device), "CUDA's peak"
-    with contextlib.suppress(OSError, IndexError):
-        kib = Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]
-        return int(kib) * 1024, "the process's peak"
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "the process's peak"
 
@@ -100,24 +93,20 @@ def hardware(device: str) -> str:
     return f"{torch.get_num_threads()} threads of {name}"
 
 
-# ------------------------------------------------------------------------------------- how it ends
-
 def exit_cleanly(run: Callable[[], dict]) -> dict:
     """Return run(), or end with a line and an exit code: bad input, a failing disk or too little
     memory with 2, a loss that is not finite with 1, Ctrl-C with 130, SIGTERM with 143."""
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # closed by the shell
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # not every terminal can show a bar
     try:
         with stop_signals(at_once=True):
             return run()
     except KeyboardInterrupt as stop:
-        number = stop.args[0] if stop.args else signal.SIGINT
-        line, code = "interrupted" if number == signal.SIGINT else "terminated", 128 + number
-    except (ValueError, OSError, FloatingPointError, RuntimeError, MemoryError) as error:
+        line, code = "interrupted", 128 + (stop.args[0] if stop.args else signal.SIGINT)
+    except Exception as error:
         line, code = f"error: {explain(error)}", 1 if isinstance(error, FloatingPointError) else 2
-    if processes.world_size() > 1:
-        line = f"[process {processes.rank()}] {line}"
+    if world_size() > 1:
+        line = f"[process {rank()}] {line}"
     print(line, file=sys.stderr)
     raise SystemExit(code)
 
@@ -127,8 +116,7 @@ def explain(error: Exception) -> str:
     text = "".join(c if c.isprintable() else "?" for c in " ".join(str(error).split()))
     if isinstance(error, (ValueError, OSError, FloatingPointError)):
         return text
-    out_of_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-    if out_of_memory or "can't allocate memory" in text:  # the last: on a CPU
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
         return "not enough memory: try a smaller --batch-size, or --accumulate for more passes"
     if "gloo" in text or isinstance(error, DistError):
         return "another process has ended; its own line says why"
@@ -137,21 +125,17 @@ def explain(error: Exception) -> str:
 
 @contextlib.contextmanager
 def stop_signals(at_once: bool = False) -> Iterator[list[int]]:
-    """Collect Ctrl-C and SIGTERM in a list, so that a step can end and be saved.
-
-    The second one interrupts, but not under torchrun, which sends each again. What a background job
-    is told to ignore stays ignored.
-    """
+    """Collect Ctrl-C and SIGTERM in a list, so that a step can end and be saved. The second one
+    interrupts, but not under torchrun, which sends each again."""
     received: list[int] = []
 
     def receive(number: int, frame) -> None:
-        if at_once or (received and processes.world_size() == 1):
+        if at_once or (received and world_size() == 1):
             raise KeyboardInterrupt(number)
         received.append(number)
 
-    main = threading.current_thread() is threading.main_thread()  # others cannot have signals
     before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)
-              if main and signal.getsignal(number) is not signal.SIG_IGN}
+              if signal.getsignal(number) is not signal.SIG_IGN}  # of a job in the background
     try:
         yield received
     finally:

@@ -13,10 +13,10 @@ from run.folder import Run, trainable
 from run.options import INITS
 from run.predict import check_start, hashes
 from run.report import print0
-from run.tasks import TASKS, Rows, batch_size, epoch_steps, has_pictures
+from run.tasks import TASKS, Rows, epoch_steps, has_pictures
 
 ANY = "any"
-DEFAULTS = (  # Tables 5 and 6; where they are silent, the authors' code. The last line that fits wins
+DEFAULTS = (  # Tables 5 and 6, and the authors' code. Of the lines that fit a run the last one counts
     # data       model   method    (warmup_steps None: a tenth of all; epochs: the task's own)
     ("texts",    ANY,    ANY,      dict(lr=3e-4, batch_size=100, warmup_steps=500, r=8)),
     ("texts",    ANY,    ANY,      dict(weight_decay=0.0, epsilon=1e-8, beta2=0.999, max_norm=1.)),
@@ -62,7 +62,9 @@ def fill_defaults(args: argparse.Namespace, rows: Rows, sample: bool) -> None:
     for name, value in settings.items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
-    args.steps = min(args.max_steps or math.inf, args.epochs * epoch_steps(rows, args.batch_size))
+    per_epoch = epoch_steps(rows, args.batch_size)
+    args.steps = min(args.max_steps or math.inf, args.epochs * per_epoch)
+    args.epochs = math.ceil(args.steps / per_epoch)
     if args.warmup_steps is None:
         args.warmup_steps = args.steps // 10
 
@@ -108,6 +110,12 @@ def identity(args: argparse.Namespace, datasets: dict[str, Dataset]) -> dict:
     return config | hashes(args) | {"data_sha256": data_sha256}
 
 
+def about(args: argparse.Namespace) -> dict:
+    """What a resume may change: the command, the versions, the machine."""
+    return {"command": args.command, "versions": report.versions(),
+            "hardware": report.hardware(args.device)}
+
+
 def announce(args: argparse.Namespace, model: nn.Module, datasets: dict[str, Dataset]) -> dict:
     """Print what a run is; return it as the first part of the results."""
     each = list(datasets.values())
@@ -123,15 +131,11 @@ def announce(args: argparse.Namespace, model: nn.Module, datasets: dict[str, Dat
     print0(f"{args.method} on {args.model}: {trained:,} parameters train, {percent:.3f} % of "
            f"{whole} {total:,}")
     name, skipped = "+".join({d.name: 0 for d in each}), sum(d.skipped for d in each)
-    counts = [sum(len(getattr(d, part)) for d in each) for part in ("train", "val", "test")]
-    print0(f"{args.task} ({name}): {counts[0]:,} training, {counts[1]:,} validation, "
-           f"{counts[2]:,} test rows" + (f", {skipped} skipped" if skipped else ""))
-    rows = {task: dataset.train for task, dataset in datasets.items()}
-    sizes = " or ".join(str(min(batch_size(task, args.batch_size, len(rows) > 1), len(of_task)))
-                        for task, of_task in rows.items())
-    epochs = math.ceil(args.steps / epoch_steps(rows, args.batch_size))
-    print0(f"{epochs} epoch{'s' * (epochs > 1)}, {args.steps} steps of {sizes} rows, peak learning "
-           f"rate {args.lr:g} after {args.warmup_steps} steps")
+    rows = [sum(len(getattr(d, part)) for d in each) for part in ("train", "val", "test")]
+    print0(f"{args.task} ({name}): {rows[0]:,} training, {rows[1]:,} validation, {rows[2]:,} test "
+           "rows" + f", {skipped} skipped" * (skipped > 0))
+    print0(f"{args.epochs} epoch{'s' * (args.epochs > 1)}, {args.steps} steps of {args.batch_size} "
+           f"rows, peak learning rate {args.lr:g} after {args.warmup_steps} steps")
     several = f", {processes.world_size()} processes" if processes.world_size() > 1 else ""
     print0(f"seed {args.seed}, {report.hardware(args.device)}{several}")
     return {"task": args.task, "model": args.model, "method": args.method, "data": name,

@@ -4,8 +4,8 @@ import statistics
 from collections.abc import Callable
 from pathlib import Path
 
-from run.files import read_json, write_json, write_text
-from run.folder import check_folder, clear, lock, new_folder
+from run.folder import (check_folder, clear, lock_run, new_folder, read_json, write_json,
+                        write_text)
 from run.processes import first, start
 from run.report import print0
 from run.settings import load_data
@@ -21,7 +21,7 @@ def run_all(args: argparse.Namespace, build: Callable, train: Callable) -> dict:
     args.out = args.out or str(first(new_folder, name))
     runs = [argparse.Namespace(**vars(args) | {"task": task, "seed": seed})
             for task in args.task for seed in args.seeds]
-    with lock(Path(args.out)):
+    with lock_run(Path(args.out)):
         if len(runs) == 1:
             return train(runs[0], Path(args.out))
         return run_many(args, runs, build, train)
@@ -39,7 +39,7 @@ def run_many(args: argparse.Namespace, runs: list[argparse.Namespace], build: Ca
     folders = [out / f"{run.task}-{run.seed}" for run in runs]
     if not first(goes_on, args):
         for folder in folders:
-            with lock(folder):
+            with lock_run(folder):
                 first(clear, folder)
         first(clear, out)
     config = {"task": args.task, "seeds": args.seeds, "command": args.command}
@@ -48,7 +48,7 @@ def run_many(args: argparse.Namespace, runs: list[argparse.Namespace], build: Ca
     for run, folder in zip(runs, folders):
         print0(f"\n{run.task}, seed {run.seed}: run {len(results) + 1} of {len(runs)}")
         first(check_folder, folder, args.overwrite, args.resume)
-        with lock(folder):
+        with lock_run(folder):
             results.append(train(run, folder))
         summary = summarize(results) | {"command": args.command, "runs": results}
         first(write_json, out / "results.json", summary)
@@ -68,28 +68,26 @@ def goes_on(args: argparse.Namespace) -> bool:
 
 def summarize(runs: list[dict]) -> dict:
     """Mean and deviation over seeds of each task's score, and the mean over the tasks."""
-    tasks = {run["task"]: {"seeds": [], "scores": []} for run in runs}
-    for run in runs:
-        tasks[run["task"]]["seeds"].append(run["seed"])
-        tasks[run["task"]]["scores"].append(run["test"]["score"])
-    for task in tasks.values():
+    tasks = {}
+    for name in dict.fromkeys(run["task"] for run in runs):
+        scores = {run["seed"]: run["test"]["score"] for run in runs if run["task"] == name}
+        mean, values = statistics.mean(scores.values()), list(scores.values())
         # Paper: the authors' script prints the population's deviation too (and reads seed 0 only).
-        task["mean"] = statistics.mean(task["scores"])
-        task["deviation"] = statistics.pstdev(task["scores"])
+        tasks[name] = {"seeds": list(scores), "scores": values, "mean": mean,
+                       "deviation": statistics.pstdev(values)}
     return {"tasks": tasks, "average": statistics.mean(task["mean"] for task in tasks.values())}
 
 
 def table(runs: list[dict]) -> str:
     """The runs as a row of Table 1 in Markdown, its columns in the paper's order."""
-    tasks, average = summarize(runs).values()
+    summary, first_run = summarize(runs), runs[0]
     memory = max(run["peak_memory_bytes"] for run in runs) / 2**20
-    cells = {"": f"{runs[0]['method']} on {runs[0]['model']}",
-             "trained": f"{runs[0]['trainable_percent']:.2f} %", "memory": f"{memory:.0f} MiB"}
-    for name in sorted(tasks, key=[*TASKS, *tasks].index):
-        title = TASKS[name].title if name in TASKS else name
-        cells[title] = f"{tasks[name]['mean']:.2f} ± {tasks[name]['deviation']:.2f}"
-    cells["average"] = f"{average:.2f}"
+    cells = {"": f"{first_run['method']} on {first_run['model']}",
+             "trained": f"{first_run['trainable_percent']:.2f} %", "memory": f"{memory:.0f} MiB"}
+    for name in sorted(summary["tasks"], key=[*TASKS, *summary["tasks"]].index):
+        task, title = summary["tasks"][name], TASKS[name].title if name in TASKS else name
+        cells[title] = f"{task['mean']:.2f} ± {task['deviation']:.2f}"
+    cells["average"] = f"{summary['average']:.2f}"
     width = [max(map(len, column)) for column in cells.items()]
     rows = [cells.keys(), ["-" * n for n in width], cells.values()]
-    return "\n".join("| " + " | ".join(f"{cell:<{n}}" for cell, n in zip(row, width)) + " |"
-                     for row in rows)
+    return "\n".join("| " + " | ".join(map(str.ljust, row, width)) + " |" for row in rows)

@@ -7,10 +7,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from methods import METHODS, apply, merge, shut_gates
-from model import CLIPT5, PAD, T5, T5Config
+from model import CLIPT5, T5, T5Config
 from prune import init_side, magnitude
-from run.files import write_tensors
-from run.folder import load_trained, trainable
+from run.folder import trainable
 from run.kernels import install
 from side import LadderT5
 
@@ -20,7 +19,6 @@ BASE = dict(d_model=768, d_kv=64, d_ff=3072, num_layers=12, num_heads=12)
 V1_1 = dict(feed_forward_proj="gated-gelu", tie_word_embeddings=False)
 VARIANTS = [*((method, False) for method in METHODS), ("lora", True), ("prompt", True)]
 LAYERED = [variant for variant in VARIANTS if variant[0] != "prompt"]  # something in each layer
-each_variant = pytest.mark.parametrize("method, as_authors", VARIANTS)
 each_layered = pytest.mark.parametrize("method, as_authors", LAYERED)
 each_version = pytest.mark.parametrize("changes", [{}, V1_1], ids=["v1.0", "v1.1"])
 
@@ -55,10 +53,6 @@ def loss_of(t5, inputs):
     return F.cross_entropy(t5(*inputs).flatten(0, 1).float(), labels)
 
 
-def count(model):
-    return sum(p.numel() for p in trainable(model).values())
-
-
 @pytest.mark.parametrize("vocab_size, channels, table", [
     (32100, None, {  # Table 1
         "full": (222_882_048, 100), "adapters": (3_625_728, 1.627), "lora": (3_538_944, 1.588),
@@ -73,16 +67,8 @@ def test_trained_shares_are_those_of_tables_1_and_3(vocab_size, channels, table)
         for name, (parameters, percent) in table.items():
             model = apply(copy.deepcopy(t5), name.split()[0], "authors" in name)
             whole = sum(p.numel() for p in (model if channels else t5).parameters())
-            assert count(model) == parameters
+            assert sum(p.numel() for p in trainable(model).values()) == parameters
             assert round(100 * parameters / whole, 2 if channels else 3) == percent
-
-
-@each_variant
-def test_a_step_runs_on_the_meta_device(method, as_authors):
-    with torch.device("meta"):
-        t5 = apply(tiny(num_layers=1, **V1_1), method, as_authors).train()
-        t5(*(torch.zeros(B, S, dtype=dtype) for dtype in (int, bool, int))).sum().backward()
-    assert all(p.is_meta and (p.grad is not None) == p.requires_grad for p in t5.parameters())
 
 
 @each_layered
@@ -90,8 +76,8 @@ def test_a_step_runs_on_the_meta_device(method, as_authors):
 def test_at_step_0_the_logits_are_the_backbones_to_the_bit(method, as_authors, changes):
     t5 = apply(tiny(**changes), method, as_authors)
     for name, p in t5.named_parameters():
-        if name.endswith("up.weight"):
-            nn.init.zeros_(p)  # adapters start near the identity; without this weight they are it
+        if name.endswith("up.weight"):  # without it adapters are the identity
+            nn.init.zeros_(p)
     with torch.no_grad():  # and frozen: torch adds in another order where it records
         assert torch.equal(t5(*batch()), tiny(**changes).requires_grad_(False)(*batch()))
 
@@ -153,20 +139,6 @@ def test_prompts_are_words_in_front_of_the_source():  # for encoder and decoder
     torch.testing.assert_close(apply(tiny(), "prompt")(source_ids, source_mask, *decoder), expected)
 
 
-@each_variant
-def test_generation_is_what_forward_would_choose(method, as_authors):
-    t5, source = stir(apply(tiny(), method, as_authors)), batch()[:2]
-    state, ids = t5.start(*source), torch.full((B, 1), PAD)
-    for _ in range(4):  # step by step with a cache, or all at once
-        logits = t5.step(ids[:, -1:], state)
-        torch.testing.assert_close(logits, t5(*source, ids)[:, -1], rtol=1e-4, atol=1e-4)
-        ids = torch.cat([ids, logits.argmax(dim=-1, keepdim=True)], dim=1)
-    for num_beams in (1, 3):  # padding changes nothing
-        answer = t5.generate(*source, 4, num_beams)[1:]
-        short = t5.generate(*(tensor[1:, :4] for tensor in source), 4, num_beams)
-        assert torch.equal(answer[:, : short.size(1)], short)
-
-
 @pytest.mark.parametrize("method, as_authors, checkpoint, loss", [
     ("full", False, False, 1.28662), ("adapters", False, True, 4.31079),
     ("lora", False, True, 2.86211), ("lora", True, False, 2.66816),
@@ -177,13 +149,12 @@ def test_the_loss_falls_as_it_did_and_the_backbone_stays(method, as_authors, che
     before = {name: p.detach().clone() for name, p in t5.named_parameters()}
     first, lr = loss_of(t5, inputs).item(), 0.1 if method == "prompt" else 0.01
     install(t5.train())
-    parameters = list(trainable(t5).values())
+    parameters = [*trainable(t5).values()]
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
     torch.manual_seed(4)  # of dropout
     for _ in range(10):
         found = loss_of(t5, inputs)
         found.backward()
-        assert all((p.grad is not None) == p.requires_grad for p in t5.parameters())
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -203,14 +174,6 @@ def test_beside_a_bfloat16_backbone_what_trains_is_float32(method, as_authors):
     torch.testing.assert_close(t5(*inputs).float(), exact(*inputs), rtol=0.1, atol=0.1)
     loss_of(t5.train(), inputs).backward()
     assert all(p.grad.isfinite().all() for p in trainable(t5).values())
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_every_method_sees_the_images_and_trains_their_embedding(method):
-    t5, inputs = stir(apply(tiny(channels=10), method)), batch(images=True)
-    assert (t5(*inputs) - t5(*inputs[:4], inputs[4] + 1)).abs().max() > 1e-3
-    loss_of(t5, inputs).backward()
-    assert all(p.grad is not None and p.grad.any() for p in t5.visual.parameters())
 
 
 @each_layered
@@ -235,48 +198,32 @@ def test_autograd_keeps_nothing_of_frozen_layers(method, as_authors):
 def test_frozen_layers_stay_plain_and_what_is_above_trains(method, as_authors, freeze, changes):
     t5, plain = apply(tiny(**changes), method, as_authors, freeze), tiny(**changes)
     layers = [f"{stack}.blocks.{i}" for stack in ("encoder", "decoder") for i in range(3)]
-    for name in layers[:freeze]:
-        assert str(t5.get_submodule(name)) == str(plain.get_submodule(name))
+    assert all(str(t5.get_submodule(name)) == str(plain.get_submodule(name))
+               for name in layers[:freeze])
     frozen = (*(f"{name}." for name in layers[:freeze]), "embed.", "encoder.pos_bias.")
     frozen += ("encoder.final_norm.",) * (freeze >= 3) + ("decoder.pos_bias.",) * (freeze > 3)
     names = set(trainable(t5))
     assert not any(name.startswith(frozen) for name in names)
-    for layer in layers[freeze:]:
-        assert any(name.startswith(f"{layer}.") for name in names)
+    assert all(any(name.startswith(f"{layer}.") for name in names) for layer in layers[freeze:])
     if method == "full":
         assert {name for name, _ in t5.named_parameters() if not name.startswith(frozen)} == names
-    if method == "adapters":
-        assert ("encoder.final_norm.weight" in names) == (freeze < 3)
     loss_of(stir(t5), batch()).backward()
     assert all((p.grad is not None) == p.requires_grad for p in t5.parameters())
 
 
-@each_variant
-def test_what_was_trained_is_saved_and_loads_back(method, as_authors, tmp_path):
-    t5, inputs = stir(apply(tiny(), method, as_authors)), batch()
-    write_tensors(tmp_path / "trained.safetensors", trainable(t5), {})
-    again = apply(tiny(), method, as_authors)
-    assert not torch.equal(again(*inputs), t5(*inputs))
-    load_trained(tmp_path, again)
-    assert torch.equal(again(*inputs), t5(*inputs))
-    with pytest.raises(ValueError, match="before"):
-        apply(apply(again, "adapters"), "bitfit")
-
-
-@pytest.mark.parametrize("arguments, words", [
-    (dict(method="foo"), "'foo', choose from full, adapters, lora, bitfit, prompt"),
-    (dict(method="lora", freeze=7), "7, but there are 6 layers"),
-    (dict(method="prompt", freeze=1), "below every layer"),
-    (dict(method="lora", freeze=6), "nothing to train")], ids=str)
-def test_a_wrong_argument_is_refused_in_one_line(arguments, words):
+@pytest.mark.parametrize("names, freeze, words", [
+    ("foo", 0, "'foo', choose from full, adapters, lora, bitfit, prompt"),
+    ("lora", 7, "7, but there are 6 layers"), ("prompt", 1, "below every layer"),
+    ("lora", 6, "nothing to train"), ("adapters bitfit", 0, "before")])
+def test_what_makes_no_baseline_is_refused_in_one_line(names, freeze, words):
+    t5 = tiny()
     with pytest.raises(ValueError, match=f"^.*{words}.*$"):
-        apply(tiny(), **arguments)
+        for method in names.split():
+            apply(t5, method, freeze=freeze)
 
 
-@pytest.mark.parametrize("r", [1, 4])
-def test_with_shut_gates_no_rung_trains_and_the_backbones_layers_do_not_matter(r):
-    ladder, inputs, D, d = stir(LadderT5(tiny(), r)).eval(), batch(), 32, 32 // r
-    before = count(ladder)
+def test_with_shut_gates_no_rung_trains_and_the_backbones_layers_do_not_matter():
+    ladder, inputs = stir(LadderT5(tiny(), r=4)).eval(), batch()
     for shut in (False, True):
         for stack in (ladder.backbone.encoder, ladder.backbone.decoder):
             logits = ladder(*inputs)
@@ -284,7 +231,7 @@ def test_with_shut_gates_no_rung_trains_and_the_backbones_layers_do_not_matter(r
                 nn.init.normal_(p)
             assert torch.equal(ladder(*inputs), logits) == shut
         shut_gates(ladder)
-    assert before - count(ladder) == 6 * (D * d + d + 1)  # weight, bias, alpha
+    assert not any("rung" in name for name in trainable(ladder))
     loss_of(ladder, inputs).backward()
     assert all(p.grad.isfinite().all() for p in trainable(ladder).values())
 

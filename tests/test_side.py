@@ -9,9 +9,8 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch import nn
 
-from methods import METHODS, apply, shut_gates
+from methods import METHODS, apply
 from model import CLIPT5, T5, Generates, T5Config
-from prune import init_side, magnitude
 from run import kernels
 from side import Gate, LadderT5, side_config
 
@@ -303,14 +302,6 @@ def test_dropping_a_layer_is_skipping_it():
     torch.testing.assert_close(dropped(*inputs), full(*inputs))
 
 
-def test_by_default_a_deeper_decoder_gets_a_deeper_ladder():
-    ladder = lively(tiny(num_layers=2, num_decoder_layers=4))
-    assert (len(ladder.encoder.blocks), len(ladder.decoder.blocks)) == (2, 4)
-    loss_of(ladder, batch()).backward()
-    assert all(p.grad.any() for p in trainable(ladder))
-    assert ladder.generate(*batch()[:2], max_new_tokens=3, num_beams=2).shape[0] == B
-
-
 # ------------------------------------------------------------------------- generation and numerics
 
 class Uncached(Generates):
@@ -347,19 +338,6 @@ def test_generation_with_two_caches_is_generation_without(keep, num_beams):
     assert torch.equal(ladder.generate(source_ids, source_mask, 10, num_beams), expected)
     moved = uncached.moves > 0
     assert moved == (num_beams > 1), "beams that never change places would prove nothing"
-
-
-def test_caches_of_both_networks_follow_their_beams():
-    ladder, (source_ids, source_mask, *_) = lively(tiny()), batch()
-    state = ladder.start(source_ids, source_mask)
-    state.repeat(2)  # rows: source 0, 0, 1, 1
-    first, second = torch.randint(3, V, (4, 1)), torch.randint(3, V, (4, 1))
-    rows = torch.tensor([1, 0, 3, 3])
-    ladder.step(first, state)
-    state.reorder(rows)
-    source = source_ids.repeat_interleave(2, 0), source_mask.repeat_interleave(2, 0)
-    expected = ladder(*source, torch.cat([first[rows], second], dim=1))[:, -1]
-    torch.testing.assert_close(ladder.step(second, state), expected)
 
 
 @pytest.mark.parametrize("changes", [dict(attention="eager"), dict(checkpoint=True)], ids=str)

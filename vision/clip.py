@@ -155,8 +155,8 @@ def clip_files(model: str | Path) -> list[Path]:
     if model not in CLIP_PUBLIC:
         raise ValueError(f"{model} is neither a folder nor one of: nano, {', '.join(CLIP_PUBLIC)}")
     repo, revision, weights, sha256 = CLIP_PUBLIC[model]
-    config = weights.replace("model.safetensors", "config.json")
-    return [hub_file(repo, weights, revision, sha256), hub_file(repo, config, revision)]
+    config = hub_file(repo, weights.replace("model.safetensors", "config.json"), revision)
+    return [hub_file(repo, weights, revision, sha256), config]
 
 
 def sha256_of_clip(model: str | Path) -> str:

@@ -20,8 +20,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from data import Dataset
-from run.files import read_tensors, write_tensors
-from run.hub import lock
+from run.folder import lock, read_tensors, write_tensors
 from run.report import Progress
 from vision import scenes
 from vision.clip import load_clip, sha256_of_clip

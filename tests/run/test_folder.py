@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import train
-from run import files, folder
+from run import folder
 from run.report import exit_cleanly, versions
 from workshop import contents, logged, refused, without, write
 
@@ -42,7 +42,7 @@ def toy_model(width=3):
 def toy(out, **changes):
     """Three epochs of four steps, the second the best, saved every two steps, and resumed."""
     model, optimizer = toy_model()
-    with folder.lock(out):
+    with folder.lock_run(out):
         run = folder.Run(out, CONFIG | changes, {"command": "toy"}, resume=True)
         if run.results:
             return run.results
@@ -262,7 +262,7 @@ def test_a_run_goes_on_after_a_refusal_and_when_its_files_have_moved(
     out = shutil.copytree(killed, tmp_path / "run")
     argv = [*trained[0], "--out", str(out)]
     refused(capsys, [*argv, "--resume", "--lr", "0.5"], "lr was 0.01, is 0.5")
-    with folder.lock(out):
+    with folder.lock_run(out):
         refused(capsys, [*argv, "--resume"], "another run works in", str(out))
     moved = [str(shutil.copytree(old, tmp_path / old.name)) for old in (backbone, glue)]
     more = ["--resume", "--model", moved[0], "--data", moved[1]]
@@ -274,9 +274,8 @@ def test_a_run_goes_on_after_a_refusal_and_when_its_files_have_moved(
 
 @pytest.mark.parametrize("name, how, words", [
     ("thesis.txt", dict(overwrite=False, resume=False), "is not empty.*--resume.*--overwrite"),
-    ("thesis.txt", dict(overwrite=False, resume=True), "holds no run that could go on"),
-    ("spiece.model", dict(overwrite=True, resume=False), "holds a backbone"),
-    ("model.safetensors", dict(overwrite=False, resume=True), "holds a backbone")])
+    ("thesis.txt", dict(overwrite=False, resume=True), "is not empty"),
+    ("spiece.model", dict(overwrite=True, resume=False), "holds a backbone")])
 def test_a_folder_with_other_things_is_refused(tmp_path, name, how, words):
     write(tmp_path / name, "years of work")
     with pytest.raises(ValueError, match=words):
@@ -305,13 +304,10 @@ def test_a_damaged_file_is_one_line_and_costs_nothing(cut, name, damage):
     assert contents(cut) == before
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "trained.safetensors", "state.safetensors"])
+@pytest.mark.parametrize("name", ["metrics.jsonl", "trained.safetensors"])
 def test_a_resume_that_lacks_what_was_written_is_one_line(cut, name):
-    if name.startswith("state"):  # another file in its place
-        shutil.copy(cut / "trained.safetensors", cut / name)
-    else:
-        (cut / name).unlink()
-    with pytest.raises(ValueError, match=f"cannot go on.*{name}"):
+    (cut / name).unlink()
+    with pytest.raises(FileNotFoundError, match=str(cut / name)):
         toy(cut)
 
 
@@ -327,7 +323,7 @@ def test_every_damaged_byte_of_a_file_of_tensors_is_noticed(cut, name):
     for content in damaged:
         path.write_bytes(content)
         with pytest.raises(ValueError, match=f"{path} is damaged or was not written by"):
-            files.read_tensors(path)
+            folder.read_tensors(path)
 
 
 # ---------------------------------------------------------------------------------- disk and lock
@@ -343,33 +339,24 @@ def test_a_full_disk_is_one_line_and_the_old_state_is_kept(cut, straight):
 
 
 def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path):
-    files.write_text(tmp_path / "a", "old")
-    with contextlib.suppress(KeyboardInterrupt), files.atomic_write(tmp_path / "a") as partial:
+    folder.write_text(tmp_path / "a", "old")
+    with contextlib.suppress(KeyboardInterrupt), folder.atomic_write(tmp_path / "a") as partial:
         partial.write_text("half")
         raise KeyboardInterrupt
-    assert contents(tmp_path) == {Path("a"): b"old"}
-    (tmp_path / "b.partial").mkdir()
-    with pytest.raises(OSError, match="cannot write .*/b: "):
-        files.write_tensors(tmp_path / "b", {"x": torch.ones(1)}, {})
-
-
-def test_a_folder_that_cannot_be_written_to_is_refused(cut, tmp_path, monkeypatch):
-    write(tmp_path / "a file", "text")
-    for path in (tmp_path / "a file", tmp_path / "a file" / "run", Path("/dev/null/run")):
-        with pytest.raises(OSError, match=str(path)), folder.lock(path):
-            pass
-    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
-    with pytest.raises(ValueError, match="cannot be written to"):
-        toy(cut)
+    assert contents(tmp_path) == {Path("a"): b"old\n"}
 
 
 def test_a_second_run_in_a_folder_is_refused_and_an_empty_folder_is_removed(tmp_path):
     out = tmp_path / "run"
-    with folder.lock(out):  # still empty, as during the Fisher pass
+    with folder.lock_run(out):  # still empty, as during the Fisher pass
         with pytest.raises(ValueError, match="another run works in"):
             toy(out)
         assert out.is_dir()
     assert not out.exists(), "nothing was written, so nothing is left"
+    write(tmp_path / "a file", "text")
+    for path in (tmp_path / "a file", tmp_path / "a file" / "run", Path("/dev/null/run")):
+        with pytest.raises(OSError, match=str(path)), folder.lock_run(path):
+            pass
 
 
 # ------------------------------------------------------------------------------------- the folder
@@ -396,13 +383,10 @@ def test_without_out_each_run_has_its_own_folder(argv, tmp_path, monkeypatch):
 
 def test_weights_that_do_not_fit_are_refused(cut):
     assert folder.read_config(cut) == CONFIG
-    with pytest.raises(ValueError, match=r"does not fit: missing, unexpected or misshapen \['1.we"):
+    with pytest.raises(ValueError, match=r"trained.safetensors does not fit, for example 1.weight"):
         folder.load_trained(cut, toy_model(width=4)[0])
-    with pytest.raises(ValueError, match=r"does not fit: .*\['1.bias', '1.weight', '2.weight'\]"):
+    with pytest.raises(ValueError, match=r"trained.safetensors does not fit, for example 1.bias"):
         folder.load_trained(cut, nn.Linear(3, 4).requires_grad_(False))
-    shutil.copy(cut / "state.safetensors", cut / "trained.safetensors")
-    with pytest.raises(ValueError, match="trained.safetensors is not what a run has kept"):
-        folder.read_config(cut)
     save_file({"x": torch.ones(1)}, cut / "trained.safetensors", metadata={"config": "{}"})
     with pytest.raises(ValueError, match="was not written by us"):  # it has no checksum
         folder.read_config(cut)

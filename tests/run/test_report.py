@@ -73,7 +73,7 @@ def test_each_run_has_its_own_peak():
     (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried\nto"), 2, "--batch-size"),
     (torch.OutOfMemoryError("CUDA out of memory"), 2, "--accumulate"), (MemoryError(), 2, "memory"),
     (FloatingPointError("step 4 has loss nan"), 1, "error: step 4 has loss nan"),
-    (KeyboardInterrupt(), 130, "interrupted"), (KeyboardInterrupt(15), 143, "terminated"),
+    (KeyboardInterrupt(), 130, "interrupted"), (KeyboardInterrupt(15), 143, "interrupted"),
 ], ids=lambda part: type(part).__name__)
 def test_what_the_user_can_mend_is_one_line(capsys, error, code, words):
     def run():
