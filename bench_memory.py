@@ -82,7 +82,7 @@ def mlp(method: str, activation: Callable[[Tensor], Tensor], N: int, B: int, D: 
 
 def show_section_3_1(N: int = 12, B: int = 100, D: int = 768, r: int = 8) -> list[dict]:
     print(f"Section 3.1: {N} layers of width {D}, batch {B}; bytes kept for backward, "
-          "formula = count by autograd's hooks\n")
+          "formula = count\n")
     print(f"{'':10}{'full fine-tuning':>24}{'only biases':>24}{f'a ladder, r = {r}':>24}")
     rows = []
     for name, activation in ACTIVATIONS.items():

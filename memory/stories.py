@@ -41,8 +41,9 @@ def count_all(cases: Sequence, count: Callable[..., dict]) -> list[dict]:
 def show_rows(args: Namespace, title: str, rows: Sequence[dict]) -> None:
     """Print a line of numbers for each row, then a bar for each; draw the bars with --plot."""
     width, most = max(len(row["label"]) for row in rows), max(row["peak"] for row in rows)
+    measured = "   GPU" if args.device == "cuda" else ""
     print(f"\n{title}\nunits of 1000 MiB; inference at batch 1\n\n{'':{width}}trained weights "
-          "grads  Adam saved temp.  peak paper infer paper TFLOP   GPU")
+          f"grads  Adam saved temp.  peak paper infer paper TFLOP{measured}")
     for row in rows:
         cells = [f"{row[kind] / GB:.2f}" for kind in (*KINDS, "peak")]
         cells += [row["paper_gb"] or "", f"{row['inference_peak_paper_gb']:.2f}"]
@@ -56,7 +57,7 @@ def show_rows(args: Namespace, title: str, rows: Sequence[dict]) -> None:
         bars = [plot.bar(row[kind], most, mark) for kind, mark in KINDS.items()]
         print(f"{row['label']:{width}}  {''.join(bars)}")
     names = [kind.replace("_", " ") for kind in KINDS]
-    print(" " * width, *(f" {mark} {name}" for name, mark in zip(names, KINDS.values())), "\n")
+    print(*(f"  {mark} {name}" for name, mark in zip(names, KINDS.values())), "\n")
     if args.plot:
         bars = [(row["label"], [row[kind] / GB for kind in KINDS], row["paper_gb"]) for row in rows]
         plot.stacked_bars(args.plot, f"{title}; in 1000 MiB; mark: the paper", names, bars)
@@ -153,7 +154,7 @@ def fits(args: Namespace, cases: list) -> dict:
 
     rows = count_all(cases, largest)
     print(f"\nthe largest batch in {args.fits} GB of 2^30 bytes, source {S}, target {T}, "
-          f"{args.attention} attention; the CUDA context takes 0.5 GB more\n")
+          f"{args.attention} attention\n(the CUDA context takes 0.5 GB more)\n")
     none = "not even one row fits"
     plot.show_bars([(row["label"], row["largest_batch"], "" if row["largest_batch"] else none)
                     for row in rows], digits=0)

@@ -27,10 +27,7 @@ def sha256_of(*paths: Path) -> str:
 
 
 def hub_file(repo: str, filename: str, revision: str = "main", sha256: str | None = None) -> Path:
-    """Return a file of a Hugging Face repository from huggingface_hub's cache, or download it.
-
-    The reply to a small file names the revision's commit; ask for config.json before the weights.
-    """
+    """Return a file of a Hugging Face repository from huggingface_hub's cache, or download it."""
     env = os.environ.get
     home = env("HF_HOME") or (env("XDG_CACHE_HOME") or "~/.cache") + "/huggingface"
     hub = Path(env("HF_HUB_CACHE") or f"{home}/hub").expanduser()
@@ -49,6 +46,7 @@ def hub_file(repo: str, filename: str, revision: str = "main", sha256: str | Non
         if path.is_file():
             return path
         arrived = cache / "blobs" / filename
+        # only small files come with the revision's commit: config.json is asked for before weights
         commit = download(url, arrived, sha256, env("HF_TOKEN")) or commit
         if commit != revision:
             ref.parent.mkdir(parents=True, exist_ok=True)

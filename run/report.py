@@ -27,16 +27,15 @@ class Progress:
     """A line that is rewritten on a terminal; elsewhere one for each tenth."""
 
     def __init__(self, title: str, total: int, begin: int = 0):
-        self.title, self.total, self.begin, self.tenths = title, total, begin, 0
-        self.start = self.shown = time.time()
+        self.title, self.total, self.begin = title, total, begin
+        self.start, self.tenths = time.time(), 0
 
     def step(self, done: int, detail: str = "") -> None:
-        live, now, tenths = sys.stdout.isatty(), time.time(), done * 10 // self.total
-        due = now - self.shown > 0.2 if live else tenths > self.tenths
-        if rank() > 0 or not (due or done == self.total):
+        live, tenths = sys.stdout.isatty(), done * 10 // self.total
+        if rank() > 0 or not (live or tenths > self.tenths):
             return
-        self.shown, self.tenths = now, tenths
-        left = int((now - self.start) / (done - self.begin) * (self.total - done))
+        self.tenths = tenths
+        left = int((time.time() - self.start) / (done - self.begin) * (self.total - done))
         line = f"{self.title} {done}/{self.total}  {detail}  {left // 60}:{left % 60:02d} left"
         if live:
             width = shutil.get_terminal_size().columns - 1
@@ -75,6 +74,9 @@ def peak_memory(device: str) -> tuple[int, str]:
     """Return bytes, and what they are the peak of."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device), "CUDA's peak"
+    with contextlib.suppress(OSError, IndexError):  # getrusage also counts what started the process
+        kib = Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]
+        return int(kib) * 1024, "the process's peak"
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "the process's peak"
 

@@ -1,12 +1,14 @@
 """T5's tokenizer (model.py): SentencePiece, sentinels, and what is refused."""
 import importlib.metadata
 import io
+import os
 import random
 
 import pytest
 from sentencepiece import SentencePieceTrainer
 
-from model import Tokenizer, load_tokenizer
+from model import T5_V1_SPIECE, Tokenizer, load_tokenizer, locate
+from run.hub import NotThere, sha256_of
 
 TEXT = ["the film was a joy , and the cast was better than the film .",
         "a dull , slow story that never finds its end .",
@@ -103,3 +105,33 @@ def test_tokens_equal_transformers_live(tokenizer, spiece):
         assert ids == theirs(text, add_special_tokens=False).input_ids, repr(text)
         ours = tokenizer.decode(ids).split()  # an unknown piece is a double question mark here
         assert "".join(ours) == "".join(theirs.decode(ids).split()) or 2 in ids, repr(text)
+
+
+@pytest.fixture(scope="module")
+def real():
+    """T5's published spiece.model, from where T5_SPIECE says or from the Hugging Face cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        try:
+            path = os.environ.get("T5_SPIECE") or locate("t5-small", "spiece.model")
+        except NotThere as error:
+            pytest.skip(f"load t5-small once, or let T5_SPIECE name its spiece.model ({error})")
+    assert sha256_of(path) == T5_V1_SPIECE, f"{path} is not the published file"
+    return Tokenizer(path)
+
+
+@pytest.mark.parametrize("text, ids, back", [
+    ("translate English to German: The house is wonderful.",
+     [13959, 1566, 12, 2968, 10, 37, 629, 19, 1627, 5], None),
+    (" The\t house\n\nis\u00a0 wonderful.\u3000\u200b", [37, 629, 19, 1627, 5],
+     "The house is wonderful."),  # white space is one space, or none
+    (" \n", [], ""),
+    ("cafe\u0301 \uff21", [11949, 71], "caf\u00e9 A"),  # compatibility composition (NFKC)
+    ("a { b", [3, 9, 3, 2, 3, 115], "a  \u2047  b"),  # no brace was in the text it was made from
+    ("The <extra_id_0> walks in <extra_id_1> park", [37, 32099, 10681, 16, 32098, 2447], None),
+    ("<extra_id_99>", [32000], None),
+    ("</s>", [3, 2, 87, 7, 3155], " \u2047 /s>"),  # text, no end
+])
+def test_the_real_tokenizer_gives_the_published_ids(real, text, ids, back):
+    assert real.vocab_size == 32100 and real.encode(text) == ids
+    assert real.decode([*ids, 1, 37]) == (text if back is None else back)

@@ -1,7 +1,5 @@
-"""What several tests share: a T5 of some ten thousand random weights, small GLUE folders, and
-command lines for them."""
+"""What several tests share: a tiny random T5, small GLUE folders, and command lines for them."""
 import json
-import multiprocessing
 import multiprocessing.forkserver
 from pathlib import Path
 
@@ -12,7 +10,7 @@ import torch
 import data
 import train
 from methods import METHODS
-from model import T5, UNK, T5Config, load_tokenizer, save_t5
+from model import T5, T5Config, load_tokenizer, save_t5
 
 ROOT = Path(__file__).parent.parent
 WIDTHS = dict(d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4)
@@ -24,8 +22,7 @@ SENTENCES = [(f"{article} {word} {noun}", label) for article in ("a", "the", "on
 @pytest.fixture(scope="session")
 def children():
     """Fork children from a process that has imported train: in a tenth of a second, not three."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train", "pytest", "torch._dynamo"])  # AdamW imports the last
+    multiprocessing.set_forkserver_preload(["train", "pytest", "torch._dynamo"])  # for AdamW
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(ROOT))  # where it finds train
         multiprocessing.forkserver.ensure_running()
@@ -35,18 +32,15 @@ def children():
 def backbone(tmp_path_factory):
     """A folder with a tiny random T5, and a tokenizer for SENTENCES and every label."""
     folder = tmp_path_factory.mktemp("backbone")
-    labels = [word for task in data.TASKS.values() for word in task.words]
     text = [f"{task} sentence: {sentence}" for task in data.TASKS for sentence, _ in SENTENCES]
+    labels = [word for task in data.TASKS.values() for word in task.words]
     tags = "sentence1: sentence2: question: question1: question2: premise: hypothesis:"
     text += [*labels, *"0123456789", "0.0 1.5 2.4", tags] * 3
     spm.SentencePieceTrainer.train(
-        sentence_iterator=iter(text), model_prefix=str(folder / "spiece"), vocab_size=200,
-        hard_vocab_limit=False, character_coverage=1.0, pad_id=0, eos_id=1, unk_id=2, bos_id=-1,
-        minloglevel=2)
-    tokenizer = load_tokenizer(folder)
-    assert all(UNK not in tokenizer.encode(word) for word in [*labels, *"012"])
+        sentence_iterator=iter(text), model_prefix=folder / "spiece", vocab_size=200, pad_id=0,
+        hard_vocab_limit=False, character_coverage=1, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2)
     torch.manual_seed(0)
-    save_t5(T5(T5Config(vocab_size=tokenizer.vocab_size + 3, **WIDTHS)), folder)
+    save_t5(T5(T5Config(vocab_size=load_tokenizer(folder).vocab_size + 3, **WIDTHS)), folder)
     return folder
 
 
@@ -54,22 +48,14 @@ def backbone(tmp_path_factory):
 def glue(tmp_path_factory):
     """A folder of GLUE folders: in each, the easy question whether a sentence has a good word."""
     folder = tmp_path_factory.mktemp("glue")
-
-    def row(task, sentence, label):
-        cells = {column: sentence for column in task.fields.values()}
-        cells[task.label] = str(label * 4.5 if task.name == "stsb" else label)
-        return "\t".join(cells.get(column, "-") for column in task.header or cells)
-
     for task in data.TASKS.values():
-        header = "" if task.header else "\t".join([*task.fields.values(), task.label])
-        rows, names = [row(task, *example) for example in SENTENCES], task.files
-        if task.name == "mrpc":  # as GLUE's own script leaves it
-            header, names = f"#1 ID\t#2 ID\t{header}", ("train.tsv", "dev.tsv")
-            rows = [f"{i}\t{i}\t{line}" for i, line in enumerate(rows)]
-        first = [header] if header else []
-        write(folder / task.title / names[0], *first, *rows[::2], *rows[::2])
-        for name in names[1:]:
-            write(folder / task.title / name, *first, *rows[1::4])
+        columns = task.header or [*task.fields.values(), task.label]
+        header = [] if task.header else ["\t".join(columns)]
+        rows = ["\t".join(str(label) if column == task.label else sentence for column in columns)
+                for sentence, label in SENTENCES]
+        for name in ("train.tsv", "dev.tsv") if task.name == "mrpc" else task.files:
+            chosen = rows[1::4] if "dev" in name else rows[::2] * 2
+            write(folder / task.title / name, *header, *chosen)
     return folder
 
 
@@ -77,11 +63,10 @@ def glue(tmp_path_factory):
 def argv(backbone, glue, tmp_path):
     """argv(*more): the command of a run of a few steps into tmp_path/run; `more` comes last."""
     def build(*more):
-        ladder = () if set(more) & set(METHODS) else ("--r", "4", "--init", "magnitude")
-        return ["--task", "sst2", "--model", str(backbone), "--data", str(glue),
-                "--out", str(tmp_path / "run"), *ladder, "--batch-size", "16", "--epochs", "1",
-                "--max-train-rows", "32", "--warmup-steps", "1", "--device", "cpu",
-                *map(str, more)]
+        ladder = "" if set(more) & set(METHODS) else "--r 4 --init magnitude"
+        usual = "--task sst2 --batch-size 16 --epochs 1 --max-train-rows 32 --warmup-steps 1"
+        where = "--model", backbone, "--data", glue, "--out", tmp_path / "run", "--device", "cpu"
+        return [*map(str, where), *usual.split(), *ladder.split(), *map(str, more)]
     return build
 
 
@@ -102,12 +87,11 @@ def write(path, *rows):
 
 def put(folder, name, content, lines=False):
     """folder/name with this as JSON, or as JSON lines, or with these bytes; returns folder."""
-    path = folder / name
-    path.parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
     if not isinstance(content, bytes):
-        rows = "".join(json.dumps(row) + "\n" for row in content) if lines else json.dumps(content)
-        content = rows.encode()
-    path.write_bytes(content)
+        rows = content if lines else [content]
+        content = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    (folder / name).write_bytes(content)
     return folder
 
 
@@ -138,5 +122,4 @@ def refused(capsys, argv, *words, code=2):
 
 
 def one_line(error, *parts):
-    text = str(error.value)
-    assert "\n" not in text and all(part in text for part in parts), text
+    assert "\n" not in str(error.value) and all(part in str(error.value) for part in parts)

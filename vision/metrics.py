@@ -7,11 +7,9 @@ from operator import or_
 
 import numpy as np
 
-# ----------------------------------------------------------------------------------------- VQA v2
-
 ARTICLES = ("a", "an", "the")
-DIGITS = {"none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4",
-          "five": "5", "six": "6", "seven": "7", "eight": "8", "nine": "9", "ten": "10"}
+NUMBERS = "zero one two three four five six seven eight nine ten".split()
+DIGITS = {word: str(n) for n, word in enumerate(NUMBERS)} | {"none": "0"}
 PUNCTUATION = ";/[]\"{}()=+\\_-><@`,?!"  # neither ' nor : nor the period, which has its own rule
 CONTRACTED = {  # ending: the words that take it
     "n't": "ai are ca could did does do had has have is might must need ought sha should was were "
@@ -35,13 +33,9 @@ CONTRACTIONS = {  # each form that lacks exactly one apostrophe -> the full form
 def vqa_accuracy(answer: str, ten_answers: list[str]) -> float:
     """Return an answer's accuracy, 0 to 1: min(1, matches / 3), averaged over leaving one out.
 
-    Antol et al. (arXiv 1505.00468, Sec. 3), as the official code was before March 2021: commit
-    a013f00 of GT-Vision-Lab/VQA changed it, and VL-T5, with which the paper compares, has the old
-    one. The answer is normalised completely; the ten only lose their punctuation, and only where
-    they differ, so that "the dog" or "two" among them is matched by no answer.
+    Antol et al. (arXiv 1505.00468, Sec. 3), as the official code was before March 2021 and as VL-T5
+    has it: the ten lose only their punctuation, and only where they differ.
     """
-    if len(ten_answers) != 10:
-        raise ValueError(f"VQA's accuracy needs ten annotators; got {len(ten_answers)}")
     answer = normalize_answer(answer)
     if len(set(ten_answers)) > 1:
         ten_answers = [_drop_punctuation(given) for given in ten_answers]
@@ -50,7 +44,7 @@ def vqa_accuracy(answer: str, ten_answers: list[str]) -> float:
 
 
 def vqa_soft_labels(counts: dict[str, int]) -> dict[str, float]:
-    """Return each answer's training weight, the accuracy that it earns: min(1, 0.3 n)."""
+    """Return each answer's training weight, the accuracy that it earns."""
     return {answer: min(10, 3 * n) / 10 for answer, n in counts.items()}
 
 
@@ -62,18 +56,13 @@ def normalize_answer(answer: str) -> str:
 
 
 def _drop_punctuation(text: str) -> str:
-    """Delete a mark that touches a space anywhere in the text, make any other a space: 'red/blue'.
-
-    A comma between digits has every mark deleted: '1,000'. Last go periods that no digit follows.
-    """
+    """Delete marks that touch a space anywhere in the text, make others a space; not in '1,000'."""
     digits, spaced = re.search(r"\d,\d", text), text
     for mark in PUNCTUATION:
         glue = digits or f"{mark} " in text or f" {mark}" in text
         spaced = spaced.replace(mark, "" if glue else " ")
     return re.sub(r"\.(?!\d)", "", spaced, count=32)  # the official code passes re.UNICODE as count
 
-
-# ---------------------------------------------------------------------------------- COCO captions
 
 MARKS = dict.fromkeys("“”‘‛«»‹›‒–—―…‽\u200b", " ") | {  # they part words, as " and -- do
     "£": "#", "€": "$", "¢": " cents ", "¼": " 1/4 ", "½": " 1/2 ", "¾": " 3/4 ", "\xad": ""}
@@ -90,21 +79,16 @@ TOKEN = re.compile(rf"""
 def tokenize_caption(text: str) -> list[str]:
     """Return lower-case words: "A man's t-shirt, isn't it?" -> a man 's t-shirt is n't it.
 
-    Close to the COCO evaluation's Penn Treebank tokenizer (Java; arXiv 1504.00325, Sec. 3), beyond
-    ASCII, too. That one also keeps the period of "mr.", and splits "cannot" and "dog'cat".
+    The COCO evaluation's Java tokenizer also keeps the period of "mr.", and splits "cannot".
     """
     text = text.lower().translate(str.maketrans(MARKS))
     return TOKEN.findall(re.sub(CLITIC, lambda found: " " + found[0].replace("’", "'"), text))
 
 
 def cider_d(hypotheses: list[str], references: list[list[str]]) -> float:
-    """Return CIDEr-D, 0 to 10, of one caption per image against its references, mean over images.
-
-    Vedantam et al. (arXiv 1411.5726, Eq. 1 to 3; D's clipping and its length penalty, sigma = 6).
-    Document frequencies come from these references, so that one image by itself scores 0.
-    """
+    """Return CIDEr-D, 0 to 10, of one caption per image, mean over images (arXiv 1411.5726)."""
     hypotheses, references = _count_captions(hypotheses, references)
-    images_with = Counter()  # the document frequency of each n-gram
+    images_with = Counter()  # each n-gram's document frequency: one image scores 0
     for captions in references:
         images_with.update({gram for caption in captions for grams in caption for gram in grams})
 
@@ -112,26 +96,21 @@ def cider_d(hypotheses: list[str], references: list[list[str]]) -> float:
         return {gram: n * math.log(len(references) / max(1, images_with[gram]))
                 for gram, n in grams.items()}
 
-    def cosine(x: dict, y: dict) -> float:  # clipped: repeating a reference's word earns nothing
+    def cosine(x: dict, y: dict) -> float:  # D: repeating a reference's word earns nothing
         product = sum(min(weight, y.get(gram, 0)) * y.get(gram, 0) for gram, weight in x.items())
         return product / (math.hypot(*x.values()) * math.hypot(*y.values())) if product else 0.0
 
     def similarity(hypothesis: list[Counter], reference: list[Counter]) -> float:
-        longer = hypothesis[0].total() - reference[0].total()
+        longer = hypothesis[0].total() - reference[0].total()  # D: costs, with sigma = 6
         cosines = [cosine(tf_idf(x), tf_idf(y)) for x, y in zip(hypothesis, reference)]
         return 10 * math.exp(-longer ** 2 / (2 * 6 ** 2)) * sum(cosines) / 4
 
-    scores = [np.mean([similarity(hypothesis, reference) for reference in captions])
-              for hypothesis, captions in zip(hypotheses, references)]
-    return float(np.mean(scores))
+    return float(np.mean([np.mean([similarity(hypothesis, reference) for reference in captions])
+                          for hypothesis, captions in zip(hypotheses, references)]))
 
 
 def bleu(hypotheses: list[str], references: list[list[str]]) -> list[float]:
-    """Return [BLEU-1, ..., BLEU-4] of the corpus, each 0 to 1 (Papineni et al. 2002, Sec. 2.3).
-
-    As in the COCO evaluation, an image's reference length is the closest one (the shorter of two),
-    and two tiny constants avoid 0 / 0: a BLEU-4 without any match is slightly above 0.
-    """
+    """Return [BLEU-1, ..., BLEU-4] of the corpus, each 0 to 1 (Papineni et al. 2002, Sec. 2.3)."""
     hypotheses, references = _count_captions(hypotheses, references)
     matched, total, closest = np.zeros(4), np.zeros(4), 0
     for hypothesis, captions in zip(hypotheses, references):
@@ -140,6 +119,7 @@ def bleu(hypotheses: list[str], references: list[list[str]]) -> list[float]:
         total += [x.total() for x in hypothesis]
         length, lengths = hypothesis[0].total(), [caption[0].total() for caption in captions]
         closest += min(lengths, key=lambda reference: (abs(reference - length), reference))
+    # As in the COCO evaluation, tiny constants avoid 0 / 0.
     precisions = (matched + 1e-15) / (total + 1e-9)
     brevity = min(1.0, math.exp(1 - (closest + 1e-9) / (total[0] + 1e-15)))
     return (brevity * np.cumprod(precisions) ** (1 / np.arange(1, 5))).tolist()
@@ -147,9 +127,7 @@ def bleu(hypotheses: list[str], references: list[list[str]]) -> list[float]:
 
 def _count_captions(hypotheses: list[str], references: list[list[str]]) -> tuple[list, list]:
     """Turn each caption into four Counters, of its 1-, 2-, 3- and 4-grams."""
-    if not 0 < len(hypotheses) == len(references) or [] in references:
-        raise ValueError(f"a caption is needed for each image, and a list of references; got "
-                         f"{len(hypotheses)} and {len(references)}")
+    assert len(hypotheses) == len(references), f"{len(hypotheses)} != {len(references)}"
 
     def count(caption: str) -> list[Counter]:
         words = tokenize_caption(caption)

@@ -3,12 +3,10 @@
     "train-17" --scene_of--> Scene --draw--> (64, 64, 3) uint8
     examples("vqa", "train") --> [SceneRow("what color is the star?", "red", ("train-17",), ...)]
 
-A scene is made from its id, the same to the byte everywhere: drawing is integer arithmetic and
-`pick` the only source of chance. The bundled tokenizer knows all words. Answers are balanced within
-each template, so that the question does not tell them; NLVR2's sentences come as twins.
+A scene is made from its id, the same to the byte everywhere: drawing is integer arithmetic.
+Answers are balanced within each template, so that the question does not tell them.
 """
 import random
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,11 +29,10 @@ OUTLINES = {  # corners in hundredths of the radius, y down; the star is drawn i
 RADIUS = {"small": 6, "big": 10}  # pixels
 REACH = {"small": 8, "big": 13}   # pixels; no corner is further from the centre, however tilted
 TILTS = {-1: (99, -20), 0: (101, 0), 1: (99, 20)}  # 101 times cosine and sine: 11 degrees
-THIRDS = range(0, 19), range(23, 41), range(45, SIDE)  # centres keep clear of the thirds' edges
-CENTRES = {size: [[i for i in part if reach <= i < SIDE - reach] for part in THIRDS]
-           for size, reach in REACH.items()}
-PLACES = (("top left", "top", "top right"), ("left", "middle", "right"),
-          ("bottom left", "bottom", "bottom right"))
+CENTRES = {size: (range(reach, 19), range(23, 41), range(45, SIDE - reach))
+           for size, reach in REACH.items()}  # clear of the thirds' edges
+PLACES = ("top left", "top", "top right", "left", "middle", "right",
+          "bottom left", "bottom", "bottom right")
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 CLEAR = 8  # pixels between two centres, below which neither is left of the other
 NUMBERS = ("no", "one", "two", "three", "four", "five")
@@ -54,7 +51,7 @@ class Object:
 
     @property
     def place(self) -> str:
-        return PLACES[third(self.y)][third(self.x)]
+        return PLACES[3 * (3 * self.y // SIDE) + 3 * self.x // SIDE]
 
     def ahead(self, other: "Object", relation: str) -> int:
         """Return by how many pixels it is left of the other (right of, above, below)."""
@@ -81,16 +78,8 @@ def pick(rng: random.Random, options: Sequence):
     return options[int(len(options) * rng.random())]  # Python's choice() may change, random() not
 
 
-def third(position: int) -> int:
-    return 3 * position // SIDE
-
-
-# ----------------------------------------------------------------------------------------- scenes
-
 def scene_of(scene_id: str) -> Scene:
     """Return the scene of an id like "train-17", always the same."""
-    if not re.fullmatch(rf"({'|'.join(SCENES)})-(0|[1-9][0-9]*)", scene_id):
-        raise ValueError(f"no scene {scene_id!r}; an id is one of {', '.join(SCENES)}, -, a number")
     rng = random.Random(scene_id)
     grey, light = pick(rng, range(215, 244)), pick(rng, range(84, 101))
     objects, count = [], pick(rng, range(1, 6))
@@ -120,9 +109,9 @@ def coverage(shape: str, size: str, tilt: int) -> np.ndarray:
         (cos, sin), x, y = TILTS[tilt], 101 * 100 * points, 101 * 100 * points[:, None]
         corners = [(radius * (cos * right - sin * down), radius * (sin * right + cos * down))
                    for right, down in OUTLINES[shape]]
-        edges = zip(corners, corners[1:] + corners[:1])
-        sides = sum(((x1 - x0) * (y - y0) - (y1 - y0) * (x - x0) >= 0).astype(int)
-                    for (x0, y0), (x1, y1) in edges)
+        sides = 0
+        for (x0, y0), (x1, y1) in zip(corners, corners[1:] + corners[:1]):
+            sides = sides + ((x1 - x0) * (y - y0) - (y1 - y0) * (x - x0) >= 0)
         inside = sides >= len(corners) - (shape == "star")  # a tip lies beyond one of five lines
     return inside.reshape(2 * reach + 1, 8, 2 * reach + 1, 8).sum((1, 3))
 
@@ -138,8 +127,6 @@ def draw(scene: Scene, palette: Mapping[str, tuple[int, int, int]] = COLORS) -> 
     return (picture * scene.light // 100).astype(np.uint8)
 
 
-# -------------------------------------------------------------- questions, sentences and captions
-
 @lru_cache(maxsize=None)
 def names(size: str, color: str, shape: str) -> list[str]:
     """Return an object's names, shortest first: star, object, big star, ..., big red object."""
@@ -152,15 +139,14 @@ def tally(scene: Scene) -> Counter:
     return Counter(name for o in scene.objects for name in names(o.size, o.color, o.shape))
 
 
-def refer(scene: Scene, rng: random.Random, without: str = "") -> list[tuple[Object, str]]:
-    """Return objects with a name of their own, one of the shortest, not telling `without`."""
-    count, known = tally(scene), []
+def refer(scene: Scene, rng: random.Random, without: str = "") -> Iterator[tuple[Object, str]]:
+    """Yield objects with a name of their own, one of the shortest, not telling `without`."""
+    count = tally(scene)
     for o in scene.objects:
         own = [name for name in names(o.size, o.color, o.shape)
                if count[name] == 1 and not (without and getattr(o, without) in name)]
         if own:
-            known.append((o, pick(rng, [n for n in own if n.count(" ") == own[0].count(" ")])))
-    return known
+            yield o, pick(rng, [n for n in own if n.count(" ") == own[0].count(" ")])
 
 
 def ask(kind: str, template: str, answer: str | bool, **words: str) -> SceneRow:
@@ -200,13 +186,13 @@ def vqa(scene: Scene, rng: random.Random) -> Iterator[SceneRow]:
         for o, name in refer(scene, rng, without=wanted):
             yield ask(wanted, f"what {wanted} is the {{name}}?", getattr(o, wanted), name=name)
     for o, name in refer(scene, rng):
-        x, y = ("left", "", "right")[third(o.x)], ("top", "", "bottom")[third(o.y)]
-        if " " not in o.place:
-            yield ask("position", "where is the {name}?", o.place, name=name)
-        for where, answer in (("on the left or on the right", x),
-                              ("at the top or at the bottom", y)):
-            if answer:
-                yield ask("position", f"is the {{name}} {where}?", answer, name=name)
+        y, x = o.place.split()[0], o.place.split()[-1]
+        if x == y:
+            yield ask("position", "where is the {name}?", x, name=name)
+        if x in ("left", "right"):
+            yield ask("position", "is the {name} on the left or on the right?", x, name=name)
+        if y in ("top", "bottom"):
+            yield ask("position", "is the {name} at the top or at the bottom?", y, name=name)
 
 
 def gqa(scene: Scene, rng: random.Random) -> Iterator[SceneRow]:
@@ -281,8 +267,8 @@ def listed(phrases: Sequence[str]) -> str:
 
 
 def captions(scene: Scene) -> list[str]:
-    """Return five references. Each leaves something out, as people do."""
-    objects = sorted(scene.objects, key=lambda o: (o.size == "small", third(o.y), third(o.x)))
+    """Return five references."""
+    objects = sorted(scene.objects, key=lambda o: (o.size == "small", PLACES.index(o.place)))
     plain = [f"{o.color} {o.shape}" for o in objects]
     second = next((i for i, name in enumerate(plain) if name != plain[0]), -1)  # of another kind
     alike = [a(name) if n == 1 else f"{NUMBERS[n]} {name}s" for name, n in Counter(plain).items()]

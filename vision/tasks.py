@@ -1,10 +1,6 @@
 """Questions about pictures: official files or drawn scenes -> examples -> token ids (Sec. 4).
 
     <folder>/*.json --load--> Example --encode--> Question --draw--> Row
-    Batch --answer--> text --score--> percent
-
-No score from the official VQA, GQA, NLVR2 or COCO files exists in this repository: their readers
-have only ever seen made-up files in the documented formats. easy-VQA's files were real.
 """
 import json
 import random
@@ -42,32 +38,27 @@ class Question(NamedTuple):
 
 
 class Task:
-    """What the tasks share. `make` of each says what a row of its files means."""
-
+    """What the tasks share. `make` of each turns a row of a file into (part, examples)."""
     name = title = prompt = ""      # title: of its column in a table
     files, folders = (), ()         # also looked for in these folders below --data
+    inside, data = None, None       # key of the rows in a JSON file; the data set's name
     max_source = max_target = None  # tokens with the end token, at which texts are cut
     share = 1                       # rows of a step over those of VQA's, among several tasks
-    pictures, epochs, num_beams, asked = 1, 20, 1, True  # Table 6: 20 epochs
+    pictures, epochs, num_beams = 1, 20, 1  # Table 6: 20 epochs
 
     def load(self, folder: str | None = None, prompts: str = "paper") -> Dataset:
-        """Return the examples of the files in a folder; None: of drawn scenes.
-
-        ValueError if files are missing or damaged, or more than 1 % of the rows malformed.
-        """
+        """Return the examples of a folder's files, or of drawn scenes; ValueError if damaged."""
         if folder is None:
             return self.from_scenes()
         folder = Path(folder).expanduser()
         homes = [folder, *(folder / name for name in self.folders)]
-        home = max(homes, key=lambda home: sum((home / name).is_file() for name in self.files))
-        for name in self.files:
-            if not (home / name).is_file():
-                raise ValueError(f"{home / name} is missing; {self.name} needs "
-                                 f"{' and '.join(self.files)} in {folder}")
+        home = next((home for home in homes if (home / self.files[0]).is_file()), folder)
+        missing = [name for name in self.files if not (home / name).is_file()]
+        if missing:
+            raise ValueError(f"{self.name} needs {' and '.join(missing)} in {home}")
         name, parts, skipped, paths = self.read([home / name for name in self.files])
         if not all(parts):
-            raise ValueError(f"{home} has {' + '.join(str(len(part)) for part in parts)} rows of "
-                             f"{self.name} to train + validate + test; get the official files")
+            raise ValueError(f"{home} has no rows of {self.name} to train, validate or test")
         folder = home if (home / "images").is_dir() else folder  # where its pictures are
         return Dataset(*parts, name, folder, sha256_of(*paths), skipped, fallback=None)
 
@@ -78,12 +69,26 @@ class Task:
         path = Path(scenes.__file__)
         return Dataset(*parts, "scenes", path.parent, sha256_of(path), 0, fallback=None)
 
-    def read(self, paths: list[Path]) -> tuple[str, tuple, int, list[Path]]:
-        """Return the data set's name, train, val and test, how many rows are skipped, the files."""
-        return self.name, *read_parts(paths, read_json, self.make), paths
+    def read(self, paths: list[Path], make: Callable | None = None) -> tuple:
+        """Return the data set's name, (train, val, test), how many rows are skipped, the files."""
+        parts, skipped = ([], [], []), 0
+        for number, path in enumerate(paths):
+            rows, bad = self.rows(path), []
+            for count, row in enumerate(rows, 1):
+                try:
+                    part, examples = (make or self.make)(row, number)
+                    parts[part].extend(examples)
+                except MALFORMED as error:
+                    bad.append((count, f"{error!r:.100}"))
+            refuse_many(path, bad, len(rows), "row")
+            skipped += len(bad)
+        return self.data or self.name, parts, skipped, paths
+
+    def rows(self, path: Path) -> list:
+        return read_json(path, self.inside)
 
     def examples(self, text: str, answer: str | list, images: tuple, part: int) -> list[Example]:
-        """Return a row's examples; each of a list of captions is one in training."""
+        """Return a row's examples: in training one of each caption, else one."""
         if isinstance(answer, str):
             return [Example(self.prompt + text_of(text), {text_of(answer): 1.0}, images)]
         captions = tuple(text_of(caption).strip() for caption in answer)
@@ -123,16 +128,11 @@ class Task:
         return {"accuracy": accuracy, "score": accuracy, "invalid": 0, "undefined": 0}
 
     def ask(self, text: str, prompts: str = "paper") -> Example:
-        """Return the example of a user's question, or of a picture to be described."""
-        if bool(text.strip()) != self.asked:
-            raise ValueError("--predict is empty: give it a question" if self.asked else
-                             f'{self.name} describes without being asked: give --predict ""')
+        """Return the example of a user's question; for captions it is empty."""
         return Example(self.prompt + text, {}, ())
 
 
-# ------------------------------------------------------------------------------------------ files
-
-def read_json(path: Path, inside: str | None = None) -> list:
+def read_json(path: Path, inside: str | None) -> list:
     """Return the rows of a JSON file, or of its part `inside`."""
     try:
         content = json.loads(path.read_bytes())
@@ -143,27 +143,10 @@ def read_json(path: Path, inside: str | None = None) -> list:
 
 
 def text_of(value) -> str:
-    """Return a text that says something and that UTF-8 can write; otherwise ValueError."""
-    if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{value!r:.60} is no text")
-    value.encode()  # UnicodeEncodeError is a ValueError
+    """Return a text that says something and that UTF-8 can write; otherwise an error."""
+    if not value.encode().strip():  # AttributeError if it is no text, and UnicodeEncodeError
+        raise ValueError("an empty text")
     return value
-
-
-def read_parts(paths: list[Path], rows: Callable, make: Callable) -> tuple[tuple, int]:
-    """Return (train, val, test) of the files' examples, and how many malformed rows are skipped."""
-    parts, skipped = ([], [], []), 0
-    for number, path in enumerate(paths):
-        count, bad = 0, []
-        for count, row in enumerate(rows(path), 1):
-            try:
-                part, examples = make(row, number)
-                parts[part].extend(examples)
-            except MALFORMED as error:
-                bad.append((count, f"{error!r:.100}"))
-        refuse_many(path, bad, count, "row")
-        skipped += len(bad)
-    return parts, skipped
 
 
 def by_image(examples: list[Example], train: float, val: float) -> tuple:
@@ -176,42 +159,36 @@ def by_image(examples: list[Example], train: float, val: float) -> tuple:
     return tuple([one for one in examples if part_of[one.images] == part] for part in range(3))
 
 
-# ------------------------------------------------------------------------------------------ tasks
-
 class VQA(Task):
     """VQA v2. Beside dataset_coco.json it is split as there, as in the paper. Otherwise val2014 is
     halved by picture: scores near the paper's, but not comparable."""
-
-    name, title, prompt, folders = "vqa", "VQA", "vqa: ", ("vqa",)
+    name, title, prompt, folders, inside = "vqa", "VQA", "vqa: ", ("vqa",), "questions"
     files = ("v2_OpenEnded_mscoco_train2014_questions.json", "v2_mscoco_train2014_annotations.json",
              "v2_OpenEnded_mscoco_val2014_questions.json", "v2_mscoco_val2014_annotations.json")
     max_source, max_target = 20, 10
 
     def read(self, paths):
-        extra = [path for path in [paths[0].with_name("dataset_coco.json")] if path.is_file()]
-        coco = TASKS["coco"].read(extra)[1]
-        split = {example.images: part for part, of_part in enumerate(coco) for example in of_part}
         ten = {}
         for path in paths[1::2]:
             for row in read_json(path, "annotations"):
-                with suppress(*MALFORMED):
-                    each = [answer["answer"] for answer in row["answers"]]  # may be empty
-                    texts = tuple(sys.intern(one and text_of(one)) for one in each)
-                    ten[row["question_id"]] = texts
+                with suppress(*MALFORMED):  # then its question counts as malformed
+                    given = tuple(sys.intern(answer["answer"]) for answer in row["answers"])
+                    ten[row["question_id"]] = given
 
         def make(row, part):
             images = (f"COCO_{('train2014', 'val2014')[part]}_{row['image_id']:012d}",)
-            given = ten.get(row["question_id"], ())
-            if len(given) != 10:
-                raise ValueError(f"no ten answers to question {row['question_id']}")
+            given = ten[row["question_id"]]
             weights = vqa_soft_labels(Counter(answer for answer in given if answer))
             example = Example(self.prompt + text_of(row["question"]), weights, images, given)
-            return split[images] if extra else part, [example]
+            return part_of[images] if part_of else part, [example]
 
-        parts, skipped = read_parts(paths[::2], lambda path: read_json(path, "questions"), make)
-        if not extra:
-            parts = parts[0], *by_image(parts[1], 0, 0.5)[1:]
-        return "vqa-karpathy" if extra else "vqa-halved", parts, skipped, paths + extra
+        karpathy = [path for path in [paths[0].with_name("dataset_coco.json")] if path.is_file()]
+        coco = TASKS["coco"].read(karpathy)[1]
+        part_of = {one.images: part for part, examples in enumerate(coco) for one in examples}
+        _, parts, skipped, _ = super().read(paths[::2], make)
+        if karpathy:
+            return "vqa-karpathy", parts, skipped, paths + karpathy
+        return "vqa-halved", (parts[0], *by_image(parts[1], 0, 0.5)[1:]), skipped, paths
 
 
 class GQA(Task):
@@ -229,14 +206,12 @@ class GQA(Task):
 
 class NLVR2(Task):
     """NLVR2's JSON lines: dev-896-0-1 is a sentence about dev-896-0-img0 and dev-896-0-img1."""
-
     name, title, prompt, folders = "nlvr2", "NLVR2", "nlvr: ", ("nlvr",)
     files = ("train.json", "dev.json", "test1.json")  # test1 is the public test-P
     pictures, share = 2, 20 / 60
 
-    def read(self, paths):
-        parts = read_parts(paths, lambda path: path.read_bytes().splitlines(), self.make)
-        return "nlvr2", *parts, paths
+    def rows(self, path):
+        return path.read_bytes().splitlines()
 
     def make(self, row, part):
         row = json.loads(row)
@@ -255,19 +230,14 @@ class NLVR2(Task):
 
 class COCO(Task):
     """Karpathy's dataset_coco.json."""
-
     name, title, prompt, folders = "coco", "COCO", "caption:", ("COCO",)
-    files = ("dataset_coco.json",)
-    max_target, share, num_beams, asked = 40, 50 / 60, 5, False
+    files, inside, data = ("dataset_coco.json",), "images", "coco-karpathy"
+    max_target, share, num_beams = 40, 50 / 60, 5
 
     def make(self, row, part):
         captions = [sentence["raw"] for sentence in row["sentences"]] or [None]  # no captions: bad
         part, images = KARPATHY[row["split"]], (Path(text_of(row["filename"])).stem,)
         return part, self.examples("", captions, images, part)
-
-    def read(self, paths):
-        parts = read_parts(paths, lambda path: read_json(path, "images"), self.make)
-        return "coco-karpathy", *parts, paths
 
     def score(self, texts, examples, prompts="paper"):
         """Return CIDEr-D, times 100 as in Table 3, and BLEU-4."""
@@ -278,16 +248,13 @@ class COCO(Task):
 
 class EasyVQA(Task):
     """Rows [question, answer, picture's number]; a tenth of the pictures validates, one tests."""
-
     name, title, prompt, folders = "easy-vqa", "easy-VQA", "vqa: ", ("easy_vqa", "train")
     files = ("questions.json",)
     max_source, max_target = 20, 10
 
     def make(self, row, part):
         question, answer, number = row
-        if type(number) is not int or number < 0:
-            raise ValueError(f"{number!r:.60} is no number of a picture")
-        return part, self.examples(question, answer, (str(number),), part)
+        return part, self.examples(question, answer, (f"{number:d}",), part)
 
     def read(self, paths):
         name, parts, *more = super().read(paths)

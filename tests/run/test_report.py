@@ -20,7 +20,6 @@ def test_on_a_terminal_progress_rewrites_one_line_of_its_width(monkeypatch, colu
     monkeypatch.setenv("COLUMNS", str(columns))
     progress = report.Progress("step", 8)
     for done in range(1, 9):
-        progress.shown = 0  # long ago
         progress.step(done, "epoch 1  loss 0.2756  607 examples/s  peak 697 MiB")
     first, *updates = terminal.getvalue().split("\r")
     assert not first and {len(line) for line in updates[:-1]} == {columns - 1}

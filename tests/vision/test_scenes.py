@@ -27,27 +27,14 @@ def questions(rows, *tasks):
     return [row for task in tasks for part in rows[task].values() for row in part]
 
 
-# --------------------------------------------------------------------------------------- pictures
-
-def test_an_objects_centre_has_its_color():
-    for scene in DRAWN:
-        picture = draw(scene)
-        assert picture.shape == (SIDE, SIDE, 3) and picture.dtype == np.uint8
-        for o in scene.objects:
-            lit = [value * scene.light // 100 for value in COLORS[o.color]]
-            assert picture[o.y, o.x].tolist() == lit
-
-
-def test_objects_keep_apart_and_stay_inside():
+def test_objects_have_their_color_and_keep_apart_inside_the_picture():
     for scene in DRAWN[:200]:
         touched = [(draw(Scene((o,), scene.background, 100)) != scene.background).any(axis=2)
                    for o in scene.objects]
         assert (sum(mask.astype(int) for mask in touched) <= 1).all()
-        background = [value * scene.light // 100 for value in scene.background]
-        assert ((draw(scene) == background).all(axis=2) == ~np.any(touched, axis=0)).all()
-        for o, mask in zip(scene.objects, touched):
-            ys, xs = mask.nonzero()
-            assert max(abs(ys - o.y).max(), abs(xs - o.x).max()) <= REACH[o.size]
+        for o in scene.objects:
+            lit = [value * scene.light // 100 for value in COLORS[o.color]]
+            assert draw(scene)[o.y, o.x].tolist() == lit
             assert REACH[o.size] <= min(o.x, o.y) and max(o.x, o.y) < SIDE - REACH[o.size]
 
 
@@ -73,13 +60,6 @@ def test_pictures_and_rows_are_the_same_everywhere():
         "c0ff2cb2b3674c95bafc23529d6e4f7defafbefc6fb538c0836cd9582dfbd9f0"]
 
 
-def test_scenes_have_one_to_five_objects_of_every_sort():
-    assert {len(scene.objects) for scene in DRAWN} == {1, 2, 3, 4, 5}
-    objects = [o for scene in DRAWN for o in scene.objects]
-    assert len({(o.size, o.color, o.shape) for o in objects}) == 2 * len(COLORS) * len(OUTLINES)
-    assert len({o.place for o in objects}) == 9
-
-
 def test_splits_share_no_scene():
     parts = [[scene_of(f"{split}-{i}").objects for i in range(size)]
              for split, size in scenes.SCENES.items()]
@@ -87,14 +67,6 @@ def test_splits_share_no_scene():
     train, val, test = map(set, parts)
     assert not (train & val or train & test or val & test)
 
-
-@pytest.mark.parametrize("scene_id", ["dev-1", "train-01", "train--1", "train-", "train-1\n", ""])
-def test_a_wrong_id_is_an_error(scene_id):
-    with pytest.raises(ValueError, match="train, val, test"):
-        scene_of(scene_id)
-
-
-# ------------------------------------------------------ answers, computed again from the text only
 
 def fitting(scene, name):
     return [o for o in scene.objects
@@ -111,7 +83,7 @@ def number(scene, name):
 
 
 def where(o):
-    """Left, middle or right third, and top, middle or bottom; centres lie half a pixel in."""
+    """Left, middle or right third, and top, middle or bottom."""
     return (("left", "middle", "right")[int((o.x + 0.5) / (SIDE / 3))],
             ("top", "middle", "bottom")[int((o.y + 0.5) / (SIDE / 3))])
 
@@ -123,7 +95,6 @@ def lies(o, relation, other):
 
 def position(o):
     x, y = where(o)
-    assert "middle" in (x, y)  # asked with one word
     return y if x == "middle" else x
 
 
@@ -200,49 +171,26 @@ def test_no_name_tells_what_is_asked(rows):
         words = set(row.text.rstrip("?").split())
         if row.text.endswith("the same color?") or row.template == "what color is the {name}?":
             assert not words & set(COLORS), row
-        if row.text.endswith("the same shape?") or row.template == "what shape is the {name}?":
-            assert not words & set(OUTLINES), row
         assert "bigger" not in words or not words & set(RADIUS), row
-
-
-def test_what_is_left_of_something_is_clearly_so(rows):
-    pattern = r"is the (.+?) (?:left|right|above|below)[a-z ]* the (.+)\?"
-    for row in questions(rows, "gqa"):
-        if row.kind in ("relation", "choose"):
-            scene = scene_of(row.scenes[0])
-            one, other = (the(scene, name) for name in re.fullmatch(pattern, row.text).groups())
-            axis = "x" if "left" in row.text or "right" in row.text else "y"
-            assert abs(getattr(one, axis) - getattr(other, axis)) >= 8
 
 
 def test_captions_are_true_and_differ():
     placed = (rf"an? (small|big) ({'|'.join(COLORS)}) ({'|'.join(OUTLINES)}) (?:at|on|in) the "
               r"((?:top|bottom)(?: left| right)?|left|middle|right)")
     for scene in DRAWN:
-        own = Counter()
-        for o in scene.objects:
-            place = " ".join(word for word in where(o)[::-1] if word != "middle") or "middle"
-            own[o.size, o.color, o.shape, place] += 1
+        own = Counter((o.size, o.color, o.shape, o.place) for o in scene.objects)
         references = captions(scene)
         assert len(references) == len(set(references)) == 5
         for caption in references:
             assert not Counter(re.findall(placed, caption)) - own, caption
             words = {word.rstrip("s") for word in caption.replace(",", "").split()}
             assert all(number(scene, word) for word in words & {*COLORS, *OUTLINES, *RADIUS})
-        if relation := re.fullmatch(rf"an? (.+) {RELATION} an? (.+)", references[3]):
+        relation = re.fullmatch(rf"an? (.+) {RELATION} an? (.+)", references[3])
+        if relation:
             one, how, other = relation.groups()
             assert any(lies(p, how, q) for p in fitting(scene, one) for q in fitting(scene, other))
         for count, name in re.findall(r"(two|three|four|five) (\w+ \w+)s", references[0]):
             assert number(scene, name) == WORDS[count]
-
-
-# ---------------------------------------------------------------------------------------- balance
-
-def pattern_of(text):
-    """The text without its attributes: the rest is what a reader knows beforehand."""
-    for words, letter in ((COLORS, "C"), (RADIUS, "Z"), ((*OUTLINES, "object"), "N")):
-        text = re.sub(rf"\b({'|'.join(words)})(?=s?\b)", letter, text)
-    return re.sub(r"\ban? ", "", re.sub(r"(Z )?(C )?N", "X", text))
 
 
 def guess(train, test, what):
@@ -257,8 +205,7 @@ def guess(train, test, what):
 @pytest.mark.parametrize("task, most", [("vqa", 0.45), ("gqa", 0.55)])
 def test_the_question_does_not_tell_the_answer(rows, task, most):
     train, test = rows[task]["train"], rows[task]["test"]
-    assert guess(train, train, lambda row: pattern_of(row.text)) < most
-    assert guess(train, test, lambda row: pattern_of(row.text)) < most
+    assert guess(train, test, lambda row: row.template) < most
     assert guess(train, test, lambda row: row.text) < most
 
 
@@ -268,8 +215,6 @@ def test_every_answer_of_a_kind_is_as_frequent_as_the_others(rows):
         for kind in kinds:
             answers = Counter(row.answer for row in rows[task]["train"] if row.kind == kind)
             assert max(answers.values()) < 1.6 * min(answers.values()), (kind, answers)
-    answers = Counter(row.answer for row in rows["vqa"]["train"] if row.text.startswith("where"))
-    assert len(answers) == 5 and max(answers.values()) < 1.6 * min(answers.values())
 
 
 def test_neither_the_sentence_nor_one_picture_beside_it_is_enough(rows):
@@ -286,24 +231,12 @@ def test_neither_the_sentence_nor_one_picture_beside_it_is_enough(rows):
         assert guess(train, train, lambda row: (row.text, row.scenes[side])) < 0.8
 
 
-def test_the_rows_of_a_scene_ask_different_things(rows):
-    for task in ("vqa", "gqa"):
-        kinds = defaultdict(list)
-        for row in rows[task]["train"]:
-            kinds[row.scenes].append(row.kind)
-        assert all(len(set(of_one)) == len(of_one) <= 4 for of_one in kinds.values())
-        assert np.mean([len(of_one) for of_one in kinds.values()]) > 2.5
-
-
 def test_the_bundled_tokenizer_knows_every_word(rows):
     tokenizer = load_tokenizer("nano")
-    answers = {row.answer for row in questions(rows, "vqa", "gqa", "nlvr2")}
-    spoken = {caption for row in rows["coco"]["train"] for caption in row.answer}
-    for text in answers | spoken | {row.text for row in questions(rows, *TASKS)} - {""}:
+    texts = {text for row in questions(rows, "vqa", "gqa", "nlvr2") for text in row[:2]}
+    for text in texts | {caption for row in rows["coco"]["train"] for caption in row.answer}:
         ids = tokenizer.encode(text)
         assert UNK not in ids and tokenizer.decode(ids) == text
-    assert all(1 <= len(tokenizer.encode(answer)) <= 3 for answer in answers)
-    assert max(len(tokenizer.encode(text)) for text in spoken) <= 60
 
 
 def test_captions_agree_with_each_other(rows):
@@ -311,12 +244,3 @@ def test_captions_agree_with_each_other(rows):
     references = [row.answer for row in rows["coco"]["test"][:200]]
     others, second = [[*own[:1], *own[2:]] for own in references], [own[1] for own in references]
     assert cider_d(second, others) > 3 and cider_d(second[1:] + second[:1], others) < 1
-
-
-@pytest.mark.slow
-def test_one_caption_for_every_picture_earns_little():
-    """Of the 120 most frequent first references in training, the best on validation, on test."""
-    common = Counter(row.answer[0] for row in examples("coco", "train")).most_common(120)
-    val, test = ([row.answer for row in examples("coco", split)] for split in ("val", "test"))
-    best = max((text for text, _ in common), key=lambda text: cider_d([text] * len(val), val))
-    assert 100 * cider_d([best] * len(test), test) < 50

@@ -1,9 +1,5 @@
-"""VQA's and the captions' scores: what the official code gave once, and live where it is."""
-import contextlib
-import importlib.util
-import io
+"""VQA's and the captions' scores equal what the official code gave."""
 import math
-import random
 
 import pytest
 
@@ -34,7 +30,6 @@ VQA_CASES = [
 @pytest.mark.parametrize("answer, ten_answers, expected", VQA_CASES)
 def test_vqa_accuracy_equals_the_official_code_before_2021(answer, ten_answers, expected):
     assert vqa_accuracy(answer, ten_answers) == pytest.approx(expected, abs=1e-12)
-    assert "2021" in vqa_accuracy.__doc__
 
 
 @pytest.mark.parametrize("n, expected", [(0, 0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1), (10, 1)])
@@ -59,47 +54,6 @@ def test_an_answer_is_normalised_as_in_the_official_code(answer, expected):
     assert normalize_answer(answer) == expected
     assert len(CONTRACTIONS) == 114  # of 120, 4 have a capital that no answer has, 2 change nothing
 
-
-class Answers:
-    """As much of the dataset class as VQAEval reads."""
-
-    def __init__(self, qa):
-        self.qa, self.getQuesIds = qa, lambda: list(qa)
-
-
-@pytest.mark.skipif(importlib.util.find_spec("lavis") is None, reason="lavis is not installed")
-@pytest.mark.filterwarnings("ignore")  # the official file has escapes that Python will refuse
-def test_vqa_accuracy_equals_the_official_code_on_random_answers():
-    folder = importlib.util.find_spec("lavis").submodule_search_locations[0]
-    spec = importlib.util.spec_from_file_location("e", f"{folder}/common/vqa_tools/vqa_eval.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    table = module.VQAEval().contractions
-    assert CONTRACTIONS == {short: full for short, full in table.items()
-                            if short != full and short == short.lower()}
-    rng = random.Random(0)
-    tricky = "the a An none one Two 1,000 3.5 5. U.S. 10:30 red/blue no-one cat CAT dog's \n \t"
-    words = [*table, *module.VQAEval().punct, *tricky.split(" ")]
-
-    def phrase():
-        return rng.choice(["", " ", " ", ", ", "-"]).join(rng.choices(words, k=rng.randint(1, 4)))
-
-    answers, tens = [phrase() for _ in range(2000)], []
-    for one in answers:
-        given = [one, normalize_answer(one), one.lower(), one + ".", phrase()]
-        tens.append(rng.choices(rng.sample(given, k=rng.randint(1, 3)), k=10))
-    truth = {i: {"answers": [{"answer": one, "answer_id": k} for k, one in enumerate(ten)],
-                 "question_type": "", "answer_type": ""} for i, ten in enumerate(tens)}
-    given = {i: {"answer": answer} for i, answer in enumerate(answers)}
-    official = module.VQAEval(Answers(truth), Answers(given), n=12)
-    with contextlib.redirect_stdout(io.StringIO()):
-        official.evaluate()
-    scores = [vqa_accuracy(answer, ten) for answer, ten in zip(answers, tens)]
-    assert len({round(score, 1) for score in scores}) == 5  # all that ten answers can give
-    assert scores == pytest.approx([official.evalQA[i] / 100 for i in truth], abs=1e-12)
-
-
-# --------------------------------------------------------------------------------------- captions
 
 HYPOTHESES = [
     "A man's dog runs along the beach.", "Two people are riding horses",
@@ -142,27 +96,6 @@ def test_a_caption_is_split_like_the_penn_treebank_beyond_ascii_too(caption):
     assert tokenize_caption(caption) == CAPTIONS[caption].split()
 
 
-def test_captions_score_as_in_the_coco_evaluation_on_random_captions():
-    Cider = pytest.importorskip("pycocoevalcap.cider.cider").Cider
-    Bleu = pytest.importorskip("pycocoevalcap.bleu.bleu").Bleu
-    rng = random.Random(0)
-    words = "a a the man's dog doesn't t-shirt & red 3.5 horse, on in riding".split()
-
-    def caption(shortest):
-        return " ".join(rng.choices(words, k=rng.randint(shortest, 12)))
-
-    for images in [1, 2, 3, 5, 10, 20] * 5:
-        references = [[caption(1) for _ in range(rng.randint(1, 5))] for _ in range(images)]
-        hypotheses = [rng.choice([caption(0), rng.choice(captions)]) for captions in references]
-        truth = {i: [" ".join(tokenize_caption(c)) for c in captions]
-                 for i, captions in enumerate(references)}
-        given = {i: [" ".join(tokenize_caption(c))] for i, c in enumerate(hypotheses)}
-        cider, bleus = Cider().compute_score(truth, given)[0], Bleu(4).compute_score(
-            truth, given, verbose=0)[0]
-        assert cider_d(hypotheses, references) == pytest.approx(cider, abs=1e-12)
-        assert bleu(hypotheses, references) == pytest.approx(bleus, abs=1e-12)
-
-
 def test_cider_d_is_the_clipped_cosine_times_ten():
     # two images, so each n-gram has idf log 2 and the cosines are those of the counts:
     # 1, 1 (bigram), 0, 0 and 1/2, 0, 0, 0
@@ -192,14 +125,3 @@ def test_cider_d_goes_from_0_for_what_every_image_has_to_10(hypotheses, referenc
      [math.exp(1 - 5 / 4)])])
 def test_bleu_counts_and_is_as_brief_as_the_closest_reference(hypotheses, references, expected):
     assert bleu(hypotheses, references)[:len(expected)] == pytest.approx(expected)
-
-
-def test_what_has_no_score_is_said():
-    with pytest.raises(ValueError, match="ten annotators; got 3"):
-        vqa_accuracy("yes", ["yes", "no", "yes"])
-    for score in (cider_d, bleu):
-        with pytest.raises(ValueError, match="got 2 and 1"):
-            score(["a cat", "a dog"], [["a cat"]])
-        for references in ([], [["a cat"], []]):
-            with pytest.raises(ValueError, match="a list of references"):
-                score(["a cat", "a dog"][:len(references)], references)
