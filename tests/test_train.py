@@ -110,7 +110,8 @@ def test_each_method_has_the_papers_learning_rate_and_saves_what_trains(argv, tm
 
 
 @pytest.mark.parametrize("task, prompts", [("stsb", "paper"), ("mnli", "t5"), *(
-    pytest.param(task, prompts, marks=slow) for task in data.TASKS for prompts in ("paper", "t5"))])
+    pytest.param(task, prompts, marks=slow) for task in data.TASKS for prompts in ("paper", "t5")
+    if (task, prompts) not in (("stsb", "paper"), ("mnli", "t5")))])
 def test_every_task_trains_and_answers(argv, tmp_path, capsys, task, prompts):
     results = train.main(argv("--task", task, "--prompts", prompts, "--max-steps", 1,
                               "--batch-size", 96))

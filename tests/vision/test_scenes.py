@@ -1,6 +1,5 @@
 """What is drawn is what the scene says, answers are true, and words do not tell them."""
 import hashlib
-import math
 import re
 from collections import Counter, defaultdict
 
@@ -9,16 +8,14 @@ import pytest
 
 from model import UNK, load_tokenizer
 from vision import scenes
-from vision.metrics import cider_d
-from vision.scenes import (COLORS, OUTLINES, RADIUS, REACH, SIDE, TASKS, Scene, captions,
-                           coverage, draw, examples, scene_of)
+from vision.scenes import (COLORS, OUTLINES, RADIUS, REACH, SIDE, TASKS, Scene, captions, draw,
+                           examples, scene_of)
 
 DRAWN = [scene_of(f"train-{i}") for i in range(400)]
 
 
 @pytest.fixture(scope="module")
 def rows():
-    """A part of the training rows and all test rows of each task."""
     return {task: {"train": examples(task, "train", 400), "test": examples(task, "test")}
             for task in TASKS}
 
@@ -38,20 +35,6 @@ def test_objects_have_their_color_and_keep_apart_inside_the_picture():
             assert REACH[o.size] <= min(o.x, o.y) and max(o.x, o.y) < SIDE - REACH[o.size]
 
 
-def test_shapes_stand_upright():
-    """Points in radii from the centre, y down: the first lies inside, the second outside."""
-    points = {"circle": ((0.65, 0.65), (0.8, 0.8)), "square": ((0.75, 0.75), (0, 1.05)),
-              "triangle": ((0.75, 0.6), (0.6, -0.6)), "diamond": ((0, 1.05), (0.65, 0.65)),
-              "star": ((0, -0.95), (0, 0.95))}
-    for shape, spots in points.items():
-        for tilt, angle in ((-1, -11.42), (0, 0), (1, 11.42)):
-            cos, sin = math.cos(math.radians(angle)), math.sin(math.radians(angle))
-            inside, outside = (coverage(shape, "big", tilt)[13 + round(10 * (sin * x + cos * y)),
-                                                            13 + round(10 * (cos * x - sin * y))]
-                               for x, y in spots)
-            assert inside > 56 and outside < 8, (shape, tilt)
-
-
 def test_pictures_and_rows_are_the_same_everywhere():
     drawn = [draw(scene_of(f"{split}-{i}")).tobytes() for split in scenes.SCENES for i in range(30)]
     text = repr([tuple(row) for task in TASKS for row in examples(task, "val", 60)])
@@ -64,8 +47,7 @@ def test_splits_share_no_scene():
     parts = [[scene_of(f"{split}-{i}").objects for i in range(size)]
              for split, size in scenes.SCENES.items()]
     assert [len(part) for part in parts] == [4000, 400, 400]
-    train, val, test = map(set, parts)
-    assert not (train & val or train & test or val & test)
+    assert len({objects for part in parts for objects in part}) == 4800
 
 
 def fitting(scene, name):
@@ -83,7 +65,6 @@ def number(scene, name):
 
 
 def where(o):
-    """Left, middle or right third, and top, middle or bottom."""
     return (("left", "middle", "right")[int((o.x + 0.5) / (SIDE / 3))],
             ("top", "middle", "bottom")[int((o.y + 0.5) / (SIDE / 3))])
 
@@ -91,11 +72,6 @@ def where(o):
 def lies(o, relation, other):
     return {"left": o.x < other.x, "right": o.x > other.x,
             "above": o.y < other.y, "below": o.y > other.y}[relation.split()[0]]
-
-
-def position(o):
-    x, y = where(o)
-    return y if x == "middle" else x
 
 
 def beyond(scene, wanted, relation, name):
@@ -121,7 +97,8 @@ QUESTIONS = {
     r"what (color|shape) is the object with the same (color|shape) as the (.+)\?": sharing,
     r"what (color|shape) is the (\w+|\w+ \w+|\w+ \w+ \w+)\?":
         lambda s, wanted, name: getattr(the(s, name), wanted),
-    r"where is the (.+)\?": lambda s, name: position(the(s, name)),
+    r"where is the (.+)\?":
+        lambda s, name: next((word for word in where(the(s, name)) if word != "middle"), "middle"),
     r"is the (.+) on the left or on the right\?": lambda s, name: where(the(s, name))[0],
     r"is the (.+) at the top or at the bottom\?": lambda s, name: where(the(s, name))[1],
     r"is the (.+) left or right of the (.+)\?":
@@ -237,10 +214,3 @@ def test_the_bundled_tokenizer_knows_every_word(rows):
     for text in texts | {caption for row in rows["coco"]["train"] for caption in row.answer}:
         ids = tokenizer.encode(text)
         assert UNK not in ids and tokenizer.decode(ids) == text
-
-
-def test_captions_agree_with_each_other(rows):
-    """CIDEr-D of a scene's second reference against the others, far above another scene's."""
-    references = [row.answer for row in rows["coco"]["test"][:200]]
-    others, second = [[*own[:1], *own[2:]] for own in references], [own[1] for own in references]
-    assert cider_d(second, others) > 3 and cider_d(second[1:] + second[:1], others) < 1
