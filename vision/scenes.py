@@ -118,8 +118,7 @@ def coverage(shape: str, size: str, tilt: int) -> np.ndarray:
 
 def draw(scene: Scene, palette: Mapping[str, tuple[int, int, int]] = COLORS) -> np.ndarray:
     """Return the picture, (64, 64, 3) uint8, with smooth edges."""
-    picture = np.empty((SIDE, SIDE, 3), np.int64)
-    picture[:] = scene.background
+    picture = np.full((SIDE, SIDE, 3), scene.background, np.int64)
     for o in scene.objects:
         reach, cover = REACH[o.size], coverage(o.shape, o.size, o.tilt)[..., None]
         window = picture[o.y - reach:o.y + reach + 1, o.x - reach:o.x + reach + 1]
@@ -275,15 +274,14 @@ def captions(scene: Scene) -> list[str]:
     preposition = {"left": "on", "middle": "in", "right": "on"}
     placed = [f"{a(o.size)} {o.color} {o.shape} {preposition.get(o.place, 'at')} the {o.place}"
               for o in objects]
-    colors = listed(list(dict.fromkeys(o.color for o in objects)))
-    many, first = len(objects) > 1, a(plain[0])
+    colors, first = listed(list(dict.fromkeys(o.color for o in objects))), a(plain[0])
     relation = max(RELATIONS, key=lambda relation: objects[0].ahead(objects[second], relation))
-    return [listed(alike if len(alike) < 4 else [*alike[:2], "more"]),
-            listed(placed[:2]),
-            f"there is {listed(placed[1::-1])}",
-            f"{first} {relation} {a(plain[second])}" if many else f"nothing but {first}",
-            f"{NUMBERS[len(objects)]} objects in {colors} with {placed[0]}" if many
-            else f"one object, {placed[0]}"]
+    last = [f"{first} {relation} {a(plain[second])}",
+            f"{NUMBERS[len(objects)]} objects in {colors} with {placed[0]}"]
+    if len(objects) == 1:
+        last = [f"nothing but {first}", f"one object, {placed[0]}"]
+    return [listed(alike if len(alike) < 4 else [*alike[:2], "more"]), listed(placed[:2]),
+            f"there is {listed(placed[1::-1])}", *last]
 
 
 def examples(task: str, split: str, scenes: int | None = None) -> list[SceneRow]:

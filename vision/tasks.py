@@ -84,8 +84,14 @@ class Task:
             skipped += len(bad)
         return self.data or self.name, parts, skipped, paths
 
-    def rows(self, path: Path) -> list:
-        return read_json(path, self.inside)
+    def rows(self, path: Path, inside: str | None = None) -> list:
+        """Return the rows of a JSON file, or of its part `inside`."""
+        try:
+            content, inside = json.loads(path.read_bytes()), inside or self.inside
+            content = content[inside] if inside else content
+            return list(content.values() if isinstance(content, dict) else content)
+        except MALFORMED as error:
+            raise ValueError(f"{path} is damaged ({error!r:.100}); get the official file") from None
 
     def examples(self, text: str, answer: str | list, images: tuple, part: int) -> list[Example]:
         """Return a row's examples: in training one of each caption, else one."""
@@ -132,16 +138,6 @@ class Task:
         return Example(self.prompt + text, {}, ())
 
 
-def read_json(path: Path, inside: str | None) -> list:
-    """Return the rows of a JSON file, or of its part `inside`."""
-    try:
-        content = json.loads(path.read_bytes())
-        content = content[inside] if inside else content
-        return list(content.values() if isinstance(content, dict) else content)
-    except MALFORMED as error:
-        raise ValueError(f"{path} is damaged ({error!r:.100}); get the official file") from None
-
-
 def text_of(value) -> str:
     """Return a text that says something and that UTF-8 can write; otherwise an error."""
     if not value.encode().strip():  # AttributeError if it is no text, and UnicodeEncodeError
@@ -170,7 +166,7 @@ class VQA(Task):
     def read(self, paths):
         ten = {}
         for path in paths[1::2]:
-            for row in read_json(path, "annotations"):
+            for row in self.rows(path, "annotations"):
                 with suppress(*MALFORMED):  # then its question counts as malformed
                     given = tuple(sys.intern(answer["answer"]) for answer in row["answers"])
                     ten[row["question_id"]] = given
