@@ -1,4 +1,4 @@
-"""The options of train.py, and what the paper takes where the command line is silent."""
+"""The options of train.py. What is wrong with them ends the program in one line."""
 import argparse
 import math
 import os
@@ -51,7 +51,6 @@ def runs_of(text: str) -> list[str]:
 
 
 def parse(argv: Sequence[str] | None, description: str) -> argparse.Namespace:
-    """Return the options. What is wrong with them ends the program with one line."""
     parser = Parser(description)
     add = parser.add_argument_group("what to train").add_argument
     add("--task", type=runs_of, help=f"{', '.join(TASKS)}; a list, or glue; vqa+gqa: in one run")
@@ -84,8 +83,9 @@ def parse(argv: Sequence[str] | None, description: str) -> argparse.Namespace:
     add("--dropout", type=float, help="in what trains (default: the backbone's)")
     either("--seed", type=whole, help="of order, dropout and random weights (default 0)")
     either("--seeds", type=numbers, help="a run each, for mean and deviation: 0,1,2")
-    cuda = torch.cuda.is_available()
-    add("--device", default="cuda" if cuda else "cpu", help="cpu or cuda (default %(default)s)")
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    gpus = ["cuda", *gpus] if gpus else []
+    add("--device", default=[*gpus, "cpu"][0], choices=["cpu", *gpus], help="default: %(default)s")
     add("--dtype", default="fp32", choices=DTYPES, help="of the frozen backbone: fp32 or bf16")
     add("--checkpoint", action="store_true", help="less memory: backward computes layers again")
     add("--deterministic", action="store_true", help="the same bits again, on CUDA too; slower")
@@ -102,7 +102,7 @@ def parse(argv: Sequence[str] | None, description: str) -> argparse.Namespace:
     check(parser, args)
     args.command = shlex.join(["python", "train.py", *(sys.argv[1:] if argv is None else argv)])
     args.seeds = args.seeds or [args.seed or 0]
-    for name in ("model", "clip"):
+    for name in ("model", "clip"):  # without a name: nano, or with --predict what the run had
         value = getattr(args, name)
         if value is None and args.predict is None:
             value = "nano"
@@ -138,8 +138,3 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if args.init not in INITS and not (args.resume or os.path.isdir(args.init)):
         parser.error(f"--init {args.init!r} is no folder; choose from {', '.join(INITS)}, or name "
                      "the folder of a run")
-    try:
-        torch.zeros(1, device=args.device).item()
-    except (RuntimeError, AssertionError):
-        parser.error(f"--device {args.device!r} cannot be used here; choose cpu, or cuda where "
-                     "there is one")
