@@ -16,7 +16,7 @@ from run.report import print0
 from run.tasks import TASKS, Rows, epoch_steps, has_pictures
 
 ANY = "any"
-DEFAULTS = (  # Tables 5 and 6, and the authors' code. Of the lines that fit a run the last one counts
+DEFAULTS = (  # Tables 5 and 6, and the authors' code. Of the lines that fit a run the last counts
     # data       model   method    (warmup_steps None: a tenth of all; epochs: the task's own)
     ("texts",    ANY,    ANY,      dict(lr=3e-4, batch_size=100, warmup_steps=500, r=8)),
     ("texts",    ANY,    ANY,      dict(weight_decay=0.0, epsilon=1e-8, beta2=0.999, max_norm=1.)),
@@ -145,10 +145,7 @@ def announce(args: argparse.Namespace, model: nn.Module, datasets: dict[str, Dat
 
 def stopped(args: argparse.Namespace, run: Run) -> None:
     """Print how far a run has come that was interrupted, and what is kept of it."""
-    kept = "no epoch had ended, no weights were kept"
-    if run.best:
-        kept = (f"epoch {run.best['epoch']} (validation {run.best['val']['score']:.2f}) is kept in "
-                f"{run.out}")
+    kept = f"epoch {run.best['epoch']} is kept in {run.out}" if run.best else "no weights were kept"
     print0(f"\nstopped after {run.step} of {args.steps} steps; {kept}\nto go on from the last step "
            f"that was saved: the same command, with --resume --out {args.out}")
 

@@ -5,13 +5,13 @@ import math
 import os
 import random
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from fixtures.make_t5 import (BUCKETS, CONFIGS, FIXTURES, MAX_NEW_TOKENS, V1_1, expected,
                               random_inputs, random_reference, until_end)
@@ -62,8 +62,15 @@ def assert_same_weights(t5, other):
 @torch.no_grad()
 def test_logits_and_texts_equal_transformers(name, attention):
     t5, saved = fixture(name, attention=attention)
+    source_ids, source_mask, decoder_ids, decoder_mask = inputs_of(saved)
     assert_close(t5(*inputs_of(saved)), saved["logits"])
+    state = t5.start(source_ids, source_mask)
+    steps = [t5.step(token, state) for token in decoder_ids.split(1, dim=1)]
+    assert_close(torch.stack(steps, dim=1), t5(source_ids, source_mask, decoder_ids))
     assert_same_texts(t5, saved)
+    many = saved["many_source_ids"].long()
+    ids = t5.generate(many, many != 0, MAX_NEW_TOKENS, 4)
+    assert until_end(ids).tolist() == saved["many_beam_4"].tolist()
 
 
 @each_fixture
@@ -81,14 +88,6 @@ def test_every_hidden_state_equals_transformers_and_only_kept_ones_are_there(nam
     there = [i for i, h in enumerate(few) if h is not None]
     assert there == sorted({0, min(2, len(few) - 1), len(few) - 1})
     assert all(torch.equal(few[i], hidden[i]) for i in there)
-
-
-@each_fixture
-def test_a_hundred_beam_searches_equal_transformers(name):
-    t5, saved = fixture(name)
-    source_ids = saved["many_source_ids"].long()
-    ids = t5.generate(source_ids, source_ids != 0, MAX_NEW_TOKENS, 4)
-    assert until_end(ids).tolist() == saved["many_beam_4"].tolist()
 
 
 @pytest.mark.parametrize("kind", ["encoder", "decoder"])
@@ -213,17 +212,6 @@ class Recomputing(Generates):
         self.ids = self.ids[rows]
 
 
-@each_attention
-@each_fixture
-@torch.no_grad()
-def test_one_token_at_a_time_gives_the_same_logits(name, attention):
-    t5, saved = fixture(name, attention=attention)
-    source_ids, source_mask, decoder_ids, _ = inputs_of(saved)
-    state = t5.start(source_ids, source_mask)
-    steps = [t5.step(token, state) for token in decoder_ids.split(1, dim=1)]
-    assert_close(torch.stack(steps, dim=1), t5(source_ids, source_mask, decoder_ids))
-
-
 @pytest.mark.parametrize("beams", [1, 2, 4, 7])
 @each_fixture
 def test_texts_with_cache_equal_texts_without(name, beams):
@@ -254,7 +242,7 @@ def test_enough_beams_find_the_best_text_of_all():
         torch.manual_seed(seed)
         t5 = T5(T5Config(vocab_size=V, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2,
                          tie_word_embeddings=False)).eval()
-        torch.nn.init.normal_(t5.head.weight)
+        nn.init.normal_(t5.head.weight)
         source_ids, source_mask = torch.tensor([[2, 3, 3]]), torch.ones(1, 3, dtype=torch.bool)
         scores = {}
         for text in itertools.product(range(V), repeat=length):
@@ -322,11 +310,7 @@ def test_the_public_config_of_t5_small_is_read(tmp_path):
         "model_type": "t5", "n_positions": 512, "num_heads": 8, "num_layers": 6,
         "relative_attention_num_buckets": 32, "vocab_size": 32128,
         "task_specific_params": {"summarization": {"num_beams": 4}}}))
-    config = T5Config.from_json(tmp_path / "config.json")
-    assert config == T5Config()
-    with torch.device("meta"):
-        ids = torch.zeros(2, 5, dtype=torch.long)
-        assert T5(config)(ids, ids == 0, ids[:, :3], ids[:, :3] == 0).shape == (2, 3, 32128)
+    assert T5Config.from_json(tmp_path / "config.json") == T5Config()
 
 
 # ---------------------------------------------------------------------------------------- loading
@@ -356,14 +340,17 @@ def set_config(folder, **changes):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_save_and_load_round_trip(tmp_path, kind):
+def test_save_and_load_round_trip(tmp_path, monkeypatch, kind):
+    monkeypatch.setenv("HOME", str(tmp_path))
     t5 = T5(T5Config(**SIZES | KINDS[kind], num_decoder_layers=2, attention="eager"))
-    save_t5(t5, tmp_path)
-    again = load_t5(tmp_path, attention="eager")
+    save_t5(t5, tmp_path / "t5")
+    again = load_t5("~/t5", attention="eager")
     assert again.config == t5.config and not again.training
     assert_same_weights(t5, again)
-    save_t5(again, tmp_path)  # over the file that its tensors are mapped from
-    assert_same_weights(t5, load_t5(tmp_path))
+    save_t5(again, tmp_path / "t5")  # over the file that its tensors are mapped from
+    assert_same_weights(t5, load_t5(tmp_path / "t5"))
+    dropped = [m.p for m in load_t5("~/t5", dropout=0.3).modules() if isinstance(m, nn.Dropout)]
+    assert set(dropped) == {0.3}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -379,19 +366,17 @@ def test_transformers_reads_what_we_save(tmp_path, kind):
     assert_close(logits, expected(reference, inputs)["logits"])
 
 
-@pytest.mark.parametrize("copies", [["encoder.embed_tokens"], ["decoder.embed_tokens", "lm_head"],
-                                    ["decoder.embed_tokens", "encoder.embed_tokens"]])
-@pytest.mark.parametrize("only", [False, True])
+@pytest.mark.parametrize("copies", [["encoder.embed_tokens"], ["decoder.embed_tokens", "lm_head"]])
+@pytest.mark.parametrize("only", [{}, {"shared.weight": None}])
 def test_the_embedding_may_come_as_copies(tmp_path, copies, only):
-    words = {f"{name}.weight": torch.randn(40, 8) for name in ["shared", *copies]}
-    words |= {name: words["shared.weight"].clone() for name in words}
-    t5 = load_t5(folder_with(tmp_path, words | ({"shared.weight": None} if only else {})))
-    assert torch.equal(t5.embed.weight, words["shared.weight"]) and t5.head is None
+    words = torch.randn(40, 8)
+    weights = {f"{name}.weight": words.clone() for name in ["shared", *copies]}
+    t5 = load_t5(folder_with(tmp_path, weights | only))
+    assert torch.equal(t5.embed.weight, words) and t5.head is None
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_head_that_differs_from_the_embedding_is_its_own(tmp_path, dtype):
-    t5 = load_t5(folder_with(tmp_path, {"lm_head.weight": torch.ones(40, 8, dtype=dtype)}))
+def test_a_head_that_differs_from_the_embedding_is_its_own(tmp_path):
+    t5 = load_t5(folder_with(tmp_path, {"lm_head.weight": torch.ones(40, 8, dtype=torch.bfloat16)}))
     assert torch.equal(t5.head.weight, torch.ones(40, 8))
     assert t5.config.scale_decoder_outputs and not t5.config.tie_word_embeddings
 
@@ -411,11 +396,6 @@ def test_what_does_not_fit_is_named_in_a_line(tmp_path, weights, config, words):
     assert "\n" not in str(error.value)
 
 
-def test_float16_is_refused_with_the_reason(tmp_path):
-    with pytest.raises(ValueError, match="overflow"):
-        load_t5(folder_with(tmp_path), dtype=torch.float16)
-
-
 @pytest.mark.parametrize("dtype, least, most", [(torch.bfloat16, 1e-4, 0.05),
                                                 (torch.float64, 0, 1e-6)])
 @torch.no_grad()
@@ -425,12 +405,6 @@ def test_other_precisions_are_loaded_and_close(dtype, least, most):
     logits = t5(*inputs_of(saved))
     assert logits.dtype == dtype
     assert least < (logits - saved["logits"]).abs().mean() < most
-
-
-def test_the_rate_of_dropout_may_be_another_than_the_files(tmp_path):
-    for given, rate in ((None, 0.1), (0.3, 0.3), (0.0, 0.0)):
-        t5 = load_t5(folder_with(tmp_path), dropout=given)
-        assert {m.p for m in t5.modules() if isinstance(m, torch.nn.Dropout)} == {rate}
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
@@ -446,44 +420,14 @@ def test_float32_weights_stay_mapped_and_the_file_stays_as_it_is():
     assert file.read_bytes() == before
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak from /proc")
-def test_t5_3b_loads_without_a_second_copy(tmp_path):
-    """A file of T5-3B's 11.4 GB, zeros, sparse on disk: loading maps it and copies nothing."""
-    sizes = dict(vocab_size=32128, d_model=1024, d_kv=128, d_ff=16384, num_layers=24, num_heads=32)
-    with torch.device("meta"):
-        t5, header, end = T5(T5Config(**sizes)), {}, 0
-    for name, p in t5.named_parameters():
-        start, end = end, end + 4 * p.numel()
-        header[rename(name, PUBLIC_NAMES)] = {"dtype": "F32", "shape": list(p.shape),
-                                              "data_offsets": [start, end]}
-    text = json.dumps(header).encode().ljust(100_000)
-    with open(tmp_path / WEIGHTS, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(8 + len(text) + end)
-    (tmp_path / "config.json").write_text(json.dumps(sizes))
-    script = f"""if True:
-        from model import load_t5
-        t5 = load_t5({str(tmp_path)!r})
-        status = open('/proc/self/status').read().split()
-        print(sum(p.numel() for p in t5.parameters()), status[status.index('VmHWM:') + 1])"""
-    parameters, peak_kib = subprocess.run([sys.executable, "-c", script], capture_output=True,
-                                          cwd=NANO.parents[1], text=True, check=True).stdout.split()
-    assert int(parameters) == 2_851_598_336
-    assert int(peak_kib) * 1024 < 0.1 * end  # Python and torch themselves are most of it
-
-
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:bd94\nsize 242043056\n"
 HTML = b"<!DOCTYPE html><html><head><title>Log in</title></head></html>"
-PLACES = ["[]", "{}", *(f'{{"a": {place}}}' for place in (
-    "[]", 5, "null", '""', '".."', '"/etc/passwd"', '"../other.safetensors"', '"sub/x"'))]
+PLACES = ["[]", "{}", *(f'{{"a": {place}}}' for place in ("[]", "null", '"../other.safetensors"'))]
 DAMAGE = {  # what a file may hold instead; a number: so many bytes of itself
-    WEIGHTS: [LFS, HTML, b"\x80\x02}q\x00X", bytes(1000), 0, 1, 7, 8, 9, 200, -4000, -1],
-    "config.json": [b"", b"{", b"[]", b"null", b"\xff\xfe{}", HTML, b"{}", b"1" * 5000,
-                    b"[" * 100_000, b'{"model_type": "bert"}', b'{"d_model": 8}'],
-    INDEX: [b"{", b"[]", b"{}", b"\xff", b"[" * 100_000,
-            *(f'{{"weight_map": {places}}}'.encode() for places in PLACES)],
-    SPIECE: [LFS, HTML, bytes(range(256)), 0, 1000, -9000],
+    WEIGHTS: [LFS, HTML, b"\x80\x02}q\x00X", bytes(1000), 0, 7, 9, 200, -4000, -1],
+    "config.json": [b"", b"{", b"[]", b"\xff\xfe{}", HTML, b"{}", b'{"model_type": "bert"}'],
+    INDEX: [b"{", b"[]", b"\xff", *(f'{{"weight_map": {places}}}'.encode() for places in PLACES)],
+    SPIECE: [LFS, HTML, 0, 1000, -9000],
 }
 
 
@@ -511,6 +455,8 @@ def test_missing_files_and_unknown_names_are_value_errors(tmp_path):
     with pytest.raises(ValueError, match="spiece.model is missing"):
         load_tokenizer(tmp_path)
     (folder_with(tmp_path) / WEIGHTS).unlink()
+    with pytest.raises(ValueError, match="overflow"):
+        load_t5(NANO, dtype=torch.float16)
     with pytest.raises(ValueError, match="has no model.safetensors"):
         load_t5(tmp_path)
     (tmp_path / INDEX).write_text('{"weight_map": {"shared.weight": "model-1.safetensors"}}')
@@ -519,10 +465,9 @@ def test_missing_files_and_unknown_names_are_value_errors(tmp_path):
 
 
 WRONG = {
-    "d_model": [0, -8, "8", 8.0, None, True, 10**30, 2**24, 16], "num_layers": [10**6, 2],
-    "num_decoder_layers": [0], "num_heads": [[3]], "dropout_rate": [1.5, "0.1", math.nan],
-    "layer_norm_epsilon": [-1, math.inf], "feed_forward_proj": ["gated-silu", ["relu"]],
-    "tie_word_embeddings": ["yes"], "scale_decoder_outputs": ["no"], "vocab_size": [39],
+    "d_model": [0, "8", 8.0, None, 10**30, 16], "num_layers": [10**6, 2], "num_heads": [[3]],
+    "dropout_rate": [1.5, math.nan], "layer_norm_epsilon": [-1], "vocab_size": [39],
+    "feed_forward_proj": ["gated-silu", ["relu"]], "tie_word_embeddings": ["yes"],
     "relative_attention_num_buckets": [0, 6], "relative_attention_max_distance": [8],
 }
 
@@ -547,24 +492,9 @@ def test_a_public_name_is_a_repository_at_a_revision(tmp_path, monkeypatch, name
         assert sha256 == (sha256_of_weights if filename == WEIGHTS else None)
         if filename == WEIGHTS and sharded:
             raise NotThere("404")
-        if filename == INDEX and down:
-            raise ValueError("the network is down")
         return folder / filename
     monkeypatch.setattr("model.hub_file", hub_file)
-    down = False
     assert_same_weights(load_t5(name), load_t5(folder))
-    down = True
-    if sharded:
-        with pytest.raises(ValueError, match="network is down"):
-            load_t5(name)
-
-
-def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    folder = folder_with(tmp_path / "t5")
-    shutil.copy(NANO / SPIECE, folder)
-    assert_same_weights(load_t5("~/t5"), load_t5(folder))
-    assert load_tokenizer("~/t5").vocab_size == load_tokenizer("nano").vocab_size
 
 
 # ---------------------------------------------------------------------------------------- CLIP-T5
