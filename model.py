@@ -10,8 +10,8 @@ Letters, the same in every file of this project:
     B batch   S source length   T target length   D backbone width (d_model)   d side width (D / r)
     H heads   K head width (d_kv)   V vocabulary   P image positions
 
-Masks are boolean, True = attend. `bias` is what is added to attention scores: the position bias
-where True, the lowest number where False.
+Masks are boolean, True = attend. `bias` is added to attention scores: the position bias (0 in
+cross-attention) where True, the lowest number where False.
 """
 import contextlib
 import json
@@ -214,7 +214,7 @@ class Attention(nn.Module):
             h = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=p, scale=1.0)
         else:
             scores = q @ k.mT  # (B, H, T, S)
-            scores += bias  # in place: no second map
+            scores += bias  # in place: no second score tensor
             h = self.weights(scores) @ v
         return self.o(h.transpose(1, 2).flatten(2))  # (B, T, D)
 
@@ -281,7 +281,7 @@ def call(block: nn.Module, *inputs, recompute: bool) -> Tensor:
 class Memory(NamedTuple):
     """An encoder's output, which the decoder's cross-attention reads."""
 
-    h: Tensor     # (B, S, D)
+    h: Tensor     # (B, S, D); a side encoder's is (B, S + P, d)
     mask: Tensor  # (B, S)
 
 
@@ -382,7 +382,7 @@ class T5(Generates, nn.Module):
         return self.decoder(self.embed(decoder_ids), decoder_mask, memory, cache, keep=keep)
 
     def logits(self, h: Tensor) -> Tensor:
-        """Final norm done, the head: (B, T, D) -> (B, T, V). v1.0 scales by D ** -0.5, v1.1 not."""
+        """The head, after the final norm: (B, T, D) -> (B, T, V). Only v1.0 scales, by D ** -0.5."""
         if self.config.scale_decoder_outputs:
             h = h * self.config.d_model ** -0.5
         logits = F.linear(h, self.embed.weight if self.head is None else self.head.weight)
@@ -390,7 +390,7 @@ class T5(Generates, nn.Module):
 
     def forward(self, source_ids: Tensor, source_mask: Tensor, decoder_ids: Tensor,
                 decoder_mask: Tensor | None = None, images: Tensor | None = None) -> Tensor:
-        memory = self.encode(source_ids, source_mask, images)[1]  # the hidden states may go
+        memory = self.encode(source_ids, source_mask, images)[1]  # hidden states are freed
         hidden = self.decode(decoder_ids, decoder_mask, memory)
         return self.logits(self.decoder.finish(hidden[-1]))
 
@@ -628,7 +628,7 @@ class VisualEmbedding(nn.Module):
 
     A cell is the sum of its projected feature, its projected box, which image it belongs to, and
     its number there, for which T5's own word embeddings serve, from the last one down.
-    images (B, N, P, C), N grids of P = g * g cells; words (V, D) -> (B, N * P, D)
+    images (B, N, G, C), N grids of G = g * g cells; words (V, D) -> (B, P, D) with P = N * G
     """
 
     def __init__(self, C: int, config: T5Config, images: int = 2):
@@ -638,21 +638,21 @@ class VisualEmbedding(nn.Module):
         self.box, self.box_norm = nn.Linear(5, D), RMSNorm(D, epsilon)
         self.image_order = nn.Embedding(images, D)
 
-    def boxes(self, P: int) -> Tensor:
-        """Corners x1, y1, x2, y2 of the cells in an image of size 1, and their area. (P, 5)"""
+    def boxes(self, G: int) -> Tensor:
+        """Corners x1, y1, x2, y2 of the cells in an image of size 1, and their area. (G, 5)"""
         # Paper: the authors' boxes are all zero, which projects to a constant; ours tell the place.
-        g = math.isqrt(P)
-        assert g * g == P, f"the grid must be square, it has {P} cells"
+        g = math.isqrt(G)
+        assert g * g == G, f"the grid must be square, it has {G} cells"
         edge = torch.arange(g, device=self.box.weight.device) / g
         y, x = torch.meshgrid(edge, edge, indexing="ij")
-        corners = [x, y, x + 1 / g, y + 1 / g, torch.full_like(x, 1 / P)]
-        return torch.stack(corners, dim=-1).flatten(0, 1)  # (P, 5)
+        corners = [x, y, x + 1 / g, y + 1 / g, torch.full_like(x, 1 / G)]
+        return torch.stack(corners, dim=-1).flatten(0, 1)  # (G, 5)
 
     def forward(self, images: Tensor, words: Tensor) -> Tensor:
-        N, P = images.shape[1:3]
-        h = self.feature_norm(self.feature(images)) + self.box_norm(self.box(self.boxes(P)))
-        h = h + self.image_order.weight[:N, None] + words[-P:].flip(0).to(h.dtype)  # (B, N, P, D)
-        return h.flatten(1, 2)  # (B, N * P, D)
+        N, G = images.shape[1:3]
+        h = self.feature_norm(self.feature(images)) + self.box_norm(self.box(self.boxes(G)))
+        h = h + self.image_order.weight[:N, None] + words[-G:].flip(0).to(h.dtype)  # (B, N, G, D)
+        return h.flatten(1, 2)  # (B, P, D)
 
 
 def append_images(h: Tensor, mask: Tensor, h_visual: Tensor) -> tuple[Tensor, Tensor]:
@@ -664,7 +664,7 @@ def append_images(h: Tensor, mask: Tensor, h_visual: Tensor) -> tuple[Tensor, Te
 class CLIPT5(T5):
     """A T5 whose encoder reads the cells of images behind the text (Sec. 4, arXiv:2112.06825).
 
-    channels: C of CLIP's grids. What takes `source_ids` also takes `images` (B, N, P, C).
+    channels: C of CLIP's grids. What takes `source_ids` also takes `images` (B, N, G, C).
     """
 
     def __init__(self, config: T5Config, channels: int):

@@ -4,7 +4,7 @@
     importance matrix of a weight matrix W       importance[W] of fisher(t5, ...) or magnitude(t5)
     importance score of each row                 row_scores
     rows with the top importance scores          top_rows
-    columns in the next layer that go too        [:, stream], [:, rows]
+    columns in the next layer that stay          [:, stream], [:, rows]
     initialize the side network                  init_side(ladder, importance)
 
 Which rows stay? `published` answers as the authors' code does, `aligned` as we read the text.
@@ -55,8 +55,8 @@ def fisher(t5: T5, batches: Iterable[tuple[Tensor, ...]], samples: int = 1024) -
 def row_scores(*importances: Tensor) -> Tensor:
     """The importance score of each row of a matrix: the sum over the row.
 
-    Matrices that are pruned together have the scores of their element-wise product. In float64: the
-    product of three squared gradients is far below float32's smallest number.
+    Matrices pruned together are scored by their element-wise product, in float64: the product of
+    three squared gradients is far below float32's smallest number.
     """
     return math.prod(importance.double() for importance in importances).sum(dim=1)
 
@@ -71,7 +71,7 @@ def top_rows(scores: Tensor, count: int) -> Tensor:
 
 def sublayers(t5: T5) -> Iterator[tuple[str, list[str], str | None]]:
     """The weights in the order in which data meets them: a norm, the matrices that read it, and the
-    one that writes to the residual stream. A final norm comes with [] and None."""
+    matrix that writes to the residual stream. For a final norm these are [] and None."""
     gated = t5.config.feed_forward_proj == "gated-gelu"
     parts = {"self_attention": (["q", "k", "v"], "o"),
              "cross_attention": (["q", "k", "v"], "o"),  # in the decoder
@@ -89,9 +89,10 @@ def sublayers(t5: T5) -> Iterator[tuple[str, list[str], str | None]]:
 def published(importance: dict[str, Tensor], t5: T5, r: int) -> Kept:
     """The authors' chain: the rows that one matrix keeps are the columns that the next one keeps.
 
-    Every matrix that writes to the residual stream chooses its dimensions anew, from the embedding
-    through the encoder into the decoder (cross-attention's keys and values too). q, k and v choose
-    their rows together, over all heads: heads are not respected.
+    q, k, v keep [rows, stream], then o keeps [a new stream, rows]; so do wi and wo. Each sub-layer
+    chooses the stream anew, from the embedding through encoder and decoder. Cross-attention's k and
+    v read the side encoder, but keep the decoder's columns. q, k and v choose their rows together
+    over all heads, so a side head can mix rows of several backbone heads.
     """
     D, kept = t5.config.d_model, {}
     stream = top_rows(row_scores(importance["embed.weight"].T), D // r)  # dimensions that stay
@@ -150,8 +151,8 @@ def aligned(importance: dict[str, Tensor], t5: T5, r: int) -> Kept:
 def init_side(ladder, importance: dict[str, Tensor], mode: str = "published") -> None:
     """Start the side network of a LadderT5 with what matters most in its backbone.
 
-    Blocks and final norms are pruned. The position bias is copied whole, as all heads stay; the
-    rungs, down_emb and up keep their random start. r = 1 copies the backbone.
+    Blocks and final norms are pruned. The position bias is copied whole: all heads stay (though
+    `published` mixes them). Rungs, down_emb and up keep their random start. r = 1 copies all.
     """
     if mode not in ("published", "aligned"):
         raise ValueError(f"prune mode is {mode!r}, choose from published, aligned")

@@ -1,7 +1,7 @@
 """Ladder side network (Sec. 3.2) with layer dropping (Sec. 3.4).
 
     source_ids -> emb ---> block 0 ---> block 1 ---> ... ---> block N-1      frozen, width D
-                   | down     | down       | down                | down      a rung a kept layer
+                   | down     | down       | down                | down      a rung per kept layer
                   side -----> gate ------> gate ------> ... ---> gate        side blocks, width d
                                + block 0    + block 1             + block N-1
                                                                     | norm; in the decoder then up
@@ -46,7 +46,7 @@ class Gate(nn.Module):
         super().__init__()
         self.down = nn.Linear(D, d)
         self.alpha = nn.Parameter(torch.zeros(1))  # zero, so mu = 1/2 at the start
-        self.temperature = temperature  # d mu / d alpha = mu (1 - mu) / 0.1, 2.5 at the start
+        self.temperature = temperature  # d mu / d alpha <= 2.5: about 0.0075 a step at lr 3e-3
 
     @property
     def mu(self) -> Tensor:
@@ -69,8 +69,8 @@ class SideBlock(nn.Module):
     def forward(self, h_side: Tensor, h_backbone: Tensor, cache: dict | None, *context) -> Tensor:
         S = h_backbone.size(1)
         h = self.rung(h_side[:, :S], h_backbone, cache, *context)
-        if S < h_side.size(1):  # behind the text are P positions of images, which have no rung
-            # Paper: the authors' code scales their states by the gate; the paper adds to text only.
+        if S < h_side.size(1):  # the P image positions after the text have no rung (Sec. 4)
+            # Paper: the authors' code multiplies these by 1 - mu, too; ours go on unchanged.
             h = torch.cat([h, h_side[:, S:]], dim=1)  # (B, S + P, d)
         return self.block(h, cache, *context)
 
@@ -86,17 +86,17 @@ class SideStack(nn.Module):
                  keep: Sequence[int], rung=Gate, dropout: float = 0.0, checkpoint: bool = False):
         super().__init__()
         self.keep, self.checkpoint = tuple(keep), checkpoint
-        self.down_emb = nn.Linear(D, d)  # the first rung has no gate: there is no h_side yet
+        self.down_emb = nn.Linear(D, d)  # word embeddings enter ungated: there is no h_side yet
         self.blocks = nn.ModuleList(SideBlock(rung(D, d), block) for block in blocks)
         self.final_norm, self.dropout = final_norm, nn.Dropout(dropout)
 
     def forward(self, hidden: Sequence, *context, cache: list[dict] | None = None) -> Tensor:
         h_side = self.down_emb(self.dropout(hidden[0].to(self.down_emb.weight.dtype)))  # (B, S, d)
         # Level i reads the backbone up to i only, so both could run in parallel (Sec. 1).
-        for i, block, of_block in zip(self.keep, self.blocks, cache or [None] * len(self.keep)):
+        for i, block, block_cache in zip(self.keep, self.blocks, cache or [None] * len(self.keep)):
             # Sec. 3.4: a dropped layer is not here. Paper: the authors keep its gate, unread.
-            inputs = h_side, hidden[i + 1], of_block, *context
-            h_side = call(block, *inputs, recompute=self.checkpoint)  # (B, S, d)
+            h_side = call(block, h_side, hidden[i + 1], block_cache, *context,
+                          recompute=self.checkpoint)  # (B, S, d); down keeps hidden[i + 1]
         return self.dropout(self.final_norm(h_side))
 
 
@@ -113,9 +113,9 @@ def random_start(module: nn.Module) -> None:
 class LadderT5(Generates, nn.Module):
     """A frozen T5 and the ladder side network beside it. Same forward and generate as T5.
 
-    r: reduction factor, above 2 to save more than biases-only training (Sec. 3.1); keep: 0-based
-    layers that have a side layer, in encoder and decoder (default: all); rung: made by rung(D, d).
-    Trainable is what has `requires_grad`. Starts at random; prune.py (Sec. 3.3) fills in weights.
+    r: reduction factor; above 2, LST saves more than other PETL methods (Sec. 3.2). keep: 0-based
+    layers that have a side layer, in encoder and decoder (default: all). rung: made by rung(D, d).
+    Parameters with `requires_grad` train. Starts at random; prune.py (Sec. 3.3) fills in weights.
     """
 
     def __init__(self, backbone: T5, r: int = 8, keep: Collection[int] | None = None, rung=Gate):
@@ -123,7 +123,7 @@ class LadderT5(Generates, nn.Module):
         self.r, config = r, side_config(backbone.config, r)
 
         def stack(num_layers: int, is_decoder: bool) -> SideStack:
-            layers = sorted(keep or range(num_layers))
+            layers = sorted(range(num_layers) if keep is None else set(keep))
             blocks = [Block(config, is_decoder) for _ in layers]
             norm = RMSNorm(config.d_model, config.layer_norm_epsilon)
             return SideStack(blocks, norm, backbone.config.d_model, config.d_model, layers, rung,

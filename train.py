@@ -9,7 +9,7 @@
     python train.py --out runs/vqa-lst-0 --predict "what color is the star?" --image star.png
 
 A run's folder holds config.json, metrics.jsonl, results.json and trained.safetensors (what was
-trained, and nothing else). Of several runs each has a folder in it, beside their results.
+trained, and nothing else). With several runs each has its own folder in it, beside their results.
 """
 import argparse
 import contextlib
@@ -63,7 +63,7 @@ def initialize(ladder: LadderT5, args: argparse.Namespace, rows: Rows) -> None:
         importance = prune.fisher(ladder.backbone, samples, args.fisher_samples)
         prune.init_side(ladder, importance, args.prune)
     elif args.init != "random":
-        # Paper: always from the backbone. What one task has taught, such as to look, helps another.
+        # Paper: always from the backbone. A side network trained on another task can help, too.
         check_start(args)
         load_trained(args.init, ladder)
         print0(f"the side network starts as it is in {args.init}")
@@ -116,7 +116,7 @@ def learning_rate(step: int, peak: float, warmup: int, total: int) -> float:
 
 
 def seed_everything(*numbers: int) -> None:
-    """Make dropout a function of (seed, step, process): a resume needs no generator's state."""
+    """Seed torch from (seed, step, process), so that a resume needs no generator's state."""
     torch.manual_seed(np.random.SeedSequence(numbers).generate_state(3).tolist()[2])
 
 
@@ -155,7 +155,7 @@ def train(args: argparse.Namespace, out: Path) -> dict:
                        for part in ("train", "val", "test"))
     rows = {name: TASKS[name].encode(examples, tokenizer) for name, examples in rows.items()}
 
-    # model: the frozen backbone and what is trained
+    # model: the backbone and what the method trains
     model = build(args)
     kernels.install(model)  # the same dropout and softmax in less time
     results = announce(args, model, datasets)

@@ -16,7 +16,7 @@ def add_squared_gradients(sums: dict[str, Tensor], t5: T5, source_ids: Tensor, s
                           decoder_ids: Tensor, decoder_mask: Tensor, labels: Tensor) -> None:
     """Add (d loss / d W)^2 of each sample to sums: {parameter name: float32, of the same shape}.
 
-    The loss of a sample is the mean cross-entropy of its labels; -100 is none. The weights need no
+    A sample's loss is the mean cross-entropy of its labels other than -100. The weights need no
     requires_grad and get no gradient. Memory: activations, one sample's gradient of one matrix.
     """
     names = {module: f"{name}.weight" for name, module in t5.named_modules()}

@@ -61,24 +61,20 @@ def rows_of(*arguments):
     return bench_memory.main([*arguments])["rows"]
 
 
-@pytest.mark.parametrize("N, B, D, r", [(1, 1, 8, 1), (3, 2, 8, 4), (12, 10, 48, 8), (5, 7, 96, 2)])
+@pytest.mark.parametrize("N, B, D, r", [(1, 1, 8, 1), (12, 10, 48, 8), (5, 7, 96, 2)])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("method", ["full", "bias", "ladder"])
-def test_the_formula_of_an_mlp_is_what_autograd_holds(method, activation, N, B, D, r):
-    formula, counted = mlp(method, ACTIVATIONS[activation], N, B, D, r)
-    assert formula == counted > 0
+def test_the_formula_of_an_mlp_is_what_autograd_holds(activation, N, B, D, r):
+    held = {}
+    for method in ("full", "bias", "ladder"):
+        formula, held[method] = mlp(method, ACTIVATIONS[activation], N, B, D, r)
+        assert formula == held[method] > 0
+    # training biases saves half for GELU, "up to 50 %", and only the input for ReLU
+    assert held["bias"] == N * 4 * B * D
+    assert held["full"] - held["bias"] == (N if activation == "GELU" else 1) * 4 * B * D
 
 
-@pytest.mark.parametrize("activation, saved", [("GELU", 12), ("ReLU", 1), ("sigmoid", 1)])
-def test_training_biases_saves_half_for_gelu_and_only_the_input_for_relu(activation, saved):
-    full, bias = (mlp(method, ACTIVATIONS[activation], 12, 10, 48, 8)[1]
-                  for method in ("full", "bias"))
-    assert full - bias == saved * 4 * 10 * 48 and bias == 12 * 4 * 10 * 48
-    assert (full == 2 * bias) == (activation == "GELU")  # "up to 50 %"
-
-
-@pytest.mark.parametrize("case", [
-    pytest.param(case, marks=[slow] * (case != Case("lst"))) for case in PAPER], ids=str)
+@slow
+@pytest.mark.parametrize("case", PAPER, ids=str)
 def test_the_papers_memory_is_reproduced_under_the_conventions_of_its_environment(case):
     row = published(case)
     assert (row["paper_gb"], row["paper_inference_gb"]) == PAPER[case]
@@ -107,14 +103,8 @@ def test_lst_needs_less_than_every_other_method_of_table_3_and_only_it_fits_on_1
     assert ladder < 0.7 * min(others) and ladder <= 16 * 2**30 < min(others)
 
 
-def test_our_lora_trains_no_biases():
-    with torch.device("meta"):
-        net = Case("lora").build()
-    assert sum(p.numel() for p in net.parameters() if p.requires_grad) == 3_538_944
-
-
 @slow
-def test_our_lst_is_smaller_than_lora_with_checkpointing_too():
+def test_our_lst_is_smaller_than_lora_with_checkpointing_and_beside_images_too():
     for attention in ("eager", "fused"):
         lora, ladder = (peak(Case(method, attention=attention, checkpoint=True)) / GB
                         for method in ("lora", "lst"))
@@ -124,39 +114,16 @@ def test_our_lst_is_smaller_than_lora_with_checkpointing_too():
                         (replace(lst, checkpoint=True, dtype="bf16"), 1.2),
                         (replace(large, dtype="bf16"), 7.0)):
         assert peak(replace(case, attention="fused")) / GB <= limit
-
-
-@slow
-@pytest.mark.parametrize("changes, most", [({}, 0.7), (dict(checkpoint=True), 1)])
-def test_our_lst_needs_less_than_every_baseline_beside_images(changes, most):
-    *others, ladder = (peak(Case(method, "t5-small", **TABLE_3 | changes))
-                       for method in ("lora", "bitfit", "lst"))  # the smallest two
-    assert ladder < most * min(others)
-
-
-def test_paper_values_stand_only_beside_the_papers_settings(tiny, monkeypatch):
-    monkeypatch.setattr(account, "training_step", lambda net, batch, conventions: {"peak": 1})
-    monkeypatch.setattr(account, "inference", lambda net, batch: 1)
-    for change in (dict(batch=(99, 128, 2)), dict(r=4), dict(checkpoint=True), dict(dtype="bf16"),
-                   dict(keep=(0,)), dict(model="t5-small")):
-        assert Case("lst", **change).account()["paper_gb"] is None, change
-    assert Case("lst").account()["paper_gb"] == 5.5
-
-
-def test_the_visual_embedding_is_counted(monkeypatch):  # the images, to the byte: test_account.py
-    of_few_layers(monkeypatch, 1)
-    text, both = (Case("lst", "t5-small", r=4, images=images).account() for images in (False, True))
-    # two projections with biases, two norms, two orders of images
-    embedding = 2048 * 512 + 512 + 5 * 512 + 512 + 4 * 512
-    assert both["trainable_params"] - text["trainable_params"] == embedding
-    words = 100 * 512  # that name cells
-    assert both["weights"] - text["weights"] == 4 * (embedding + words)
-    assert both["optimizer"] - text["optimizer"] == 8 * embedding
+    for checkpoint, most in ((False, 0.7), (True, 1)):
+        changes = TABLE_3 | dict(checkpoint=checkpoint)
+        *others, ladder = (peak(Case(method, "t5-small", **changes))
+                           for method in ("lora", "bitfit", "lst"))  # the smallest two
+        assert ladder < most * min(others)
 
 
 @pytest.mark.parametrize("arguments", [
     pytest.param([], marks=slow), ["--as-published", "--method", "lora"],
-    ["--method", "lst", "--batch-size", "3"]], ids=" ".join)
+    pytest.param(["--method", "lst", "--batch-size", "3"], marks=slow)], ids=" ".join)
 def test_table_3_prints_its_rows_as_published_and_today(tiny, capsys, arguments):
     rows, text = rows_of("--table", "3", *arguments), capsys.readouterr().out
     methods = [name for name in METHODS if name in arguments] or list(METHODS)
@@ -171,13 +138,6 @@ def test_table_3_prints_its_rows_as_published_and_today(tiny, capsys, arguments)
         assert re.search(rf"{name}, .* {before:.2f} +{paper or ''}.*\n  today .* {now:.2f} ", text)
     assert all(words in text for words in CONVENTIONS_3.values())
     assert CONVENTIONS["gradients"] not in text
-
-
-@slow
-def test_attention_and_checkpointing_change_todays_row_and_not_the_published_one(tiny):
-    plain, changed = (rows_of("--table", "3", "--method", "lst", "--r", "2", *more)[0]
-                      for more in ([], ["--attention", "fused", "--checkpoint"]))
-    assert changed["today"]["peak"] < plain["today"]["peak"] and changed["peak"] == plain["peak"]
 
 
 @pytest.mark.parametrize("arguments, cases", [
@@ -196,10 +156,9 @@ def test_an_option_goes_to_the_methods_that_read_it():
         ("lst", 4, ()), *((method, 8, None) for method in METHODS if method != "lst")}
 
 
-@pytest.mark.parametrize("method", ["full", "adapters", "lora"])
-def test_freezing_the_lowest_layers_lowers_the_peak(monkeypatch, method):  # Fig. 6
+def test_freezing_the_lowest_layers_lowers_the_peak(monkeypatch):  # Fig. 6
     of_few_layers(monkeypatch, 2)
-    none, encoder, most = (peak(Case(method, "t5-small", freeze=freeze)) for freeze in (0, 2, 3))
+    none, encoder, most = (peak(Case("full", "t5-small", freeze=freeze)) for freeze in (0, 2, 3))
     assert most < encoder < 0.5 * none
 
 
@@ -214,17 +173,6 @@ def test_explain_counts_what_it_predicts(attention, capsys):
 
 
 @slow
-@pytest.mark.parametrize("attention, N, least, most", [
-    ("eager", 3, 0.5, 0.7), ("fused", 6, 0.95, 1)])
-def test_the_ladders_lead_shrinks_with_the_source_under_eager_attention(
-        monkeypatch, attention, N, least, most):
-    of_few_layers(monkeypatch, N)
-    # r does not shrink attention maps: eager keeps them in each layer, fused one bias in a stack
-    full, lst = ([peak(Case(method, "t5-small", attention=attention, batch=(100, S, 2)))
-                  for S in (64, 256)] for method in ("full", "lst"))
-    assert full[0] / lst[0] > 2.8 and least < (full[1] / lst[1]) / (full[0] / lst[0]) < most
-
-
 @pytest.mark.parametrize("name, sign, N", [("r", -1, 1), ("keep", 1, 3)])
 def test_a_sweep_over_r_falls_and_one_over_kept_layers_rises(monkeypatch, name, sign, N):
     sizes = dict(d_model=128, d_kv=32, d_ff=256, num_layers=N, num_heads=4)
@@ -234,16 +182,6 @@ def test_a_sweep_over_r_falls_and_one_over_kept_layers_rises(monkeypatch, name, 
     assert values == sorted(set(values)) and len(values) >= 2
     assert all(row["method"] == "lst" for row in rows)
     assert all(sign * (after - before) > 0 for before, after in zip(peaks, peaks[1:]))
-
-
-@slow
-@pytest.mark.parametrize("method, more", [("lora", []), ("lst", ["--checkpoint"])])
-def test_the_batch_that_fits_fits_and_one_more_does_not(tiny, method, more):
-    row, = rows_of(*SMALL, "--fits", "1", "--method", method, "--source-length", "2000", *more)
-    most = row["largest_batch"]
-    fits, too_large = (peak(Case(method, "t5-small", checkpoint=bool(more), batch=(B, 2000, 2)))
-                       for B in (most, most + 1))
-    assert fits <= 2**30 < too_large
 
 
 @pytest.mark.parametrize("a_row", [2**30 + 1, 2**30, 2**29 + 1, 2**26, 2**26 + 1, 999])
@@ -275,9 +213,9 @@ def result_of(arguments, folder, capsys):
 
 
 @pytest.mark.parametrize("arguments", [
-    ["--as-published", "--method", "lora"], ["--table", "3", "--method", "lora"], ["--explain"],
-    ["--sweep", "length", "--method", "lst"],
+    ["--as-published", "--method", "lora"], ["--explain"], ["--sweep", "length", "--method", "lst"],
     *(pytest.param(more, marks=slow) for more in (
+        ["--table", "3", "--method", "lora"],
         ["--method", "prompt", "--batch-size", HUGE, "--source-length", "10000"],
         ["--sweep", "batch"], ["--sweep", "r"], ["--sweep", "keep"],
         [*SMALL, "--fits", "1", "--method", "lst", "--source-length", "4000"]))], ids=" ".join)
@@ -324,31 +262,25 @@ def test_the_whole_story_has_the_promised_keys_and_each_trick_makes_the_ladder_s
 
 WRONG = """
 --model foo | --method foo | --attention foo | --table 2 | --sweep foo | --foo | --time --explain
---as-published --fits 12 | --sweep r --explain | --sweep r --method lora | --sweep keep --keep 1
---r 7 | --r 0 | --r 3 --sweep length | --model t5-small --r 7 --explain | --method lora --r 8
---keep 12 | --keep 1,99 | --keep 1,1 | --keep -1 | --keep one | --keep= | --keep 1,,2 | --keep 1.5
---freeze -1 | --freeze 24 | --freeze HUGE | --freeze x | --freeze 3 --method prompt
---freeze 3 --method lst | --freeze -1 --method lst | --model t5-small --freeze 12
---fits 0 | --fits -1 | --fits 1.5 | --fits x | --fits 12 --batch-size 3
---batch-size 0 | --batch-size -1 | --batch-size 1000000000000000000 | --source-length 0
---target-length 0 | --time --rounds 0 | --as-published --batch-size 100 | --as-published --r 4
---as-published --attention fused | --as-published --dtype bf16 | --rounds 2
---table 3 --explain | --table 3 --fits 12 | --table 3 --sweep r | --table 3 --time
---table 3 --model t5-small | --table 3 --as-authors | --table 3 --freeze 3 | --table 3 --r 5
---table 3 --keep 12 | --table 3 --method lora --keep 1 | --table 3 --dtype bf16
---table 3 --as-published --batch-size 3 | --method lst --r 32 --attention fused
+--as-published --fits 12 | --sweep r --method lora | --sweep keep --keep 1
+--r 7 | --r 0 | --r 3 --sweep length | --method lora --r 8 | --rounds 2 | --time --rounds 0
+--keep 12 | --keep 1,1 | --keep -1 | --keep one | --keep= | --keep 1.5
+--freeze -1 | --freeze 24 | --freeze x | --freeze 3 --method prompt | --freeze 3 --method lst
+--fits 0 | --fits -1 | --fits x | --fits 12 --batch-size 3
+--batch-size 0 | --batch-size 1000000000000000000 | --source-length 0 | --target-length 0
+--as-published --batch-size 100 | --as-published --r 4 | --as-published --dtype bf16
+--table 3 --explain | --table 3 --time | --table 3 --model t5-small | --table 3 --as-authors
+--table 3 --freeze 3 | --table 3 --r 5 | --table 3 --method lora --keep 1 | --table 3 --dtype bf16
+--method lst --r 32 --attention fused
 --table 3 --method lst --batch-size HUGE --target-length HUGE
 --dtype bf16 | --dtype bf16 --method full | --dtype fp16 --method lst
---plot x.svg --time | --plot x.svg --explain | --plot x.svg --fits 12
---json missing/bench.json | --json . | --json /dev/null/bench.json | --json x --plot x
---plot missing/x.svg | --plot /dev/null/x.svg
+--plot x.svg --time | --plot missing/x.svg | --json missing/x.json | --json . | --json x --plot x
 --model t5-small --method lst --source-length HUGE | --model t5-small --explain --source-length HUGE
 --model t5-small --method lst --fits 12 --source-length HUGE
---model t5-small --method lst --target-length HUGE --batch-size HUGE
 """.replace("HUGE", HUGE).strip().replace("\n", " | ").split(" | ")
 
 
-@pytest.mark.parametrize("arguments", WRONG)
+@pytest.mark.parametrize("arguments", WRONG + ["--device cuda"] * (not torch.cuda.is_available()))
 def test_a_wrong_argument_is_refused_in_one_line_and_nothing_is_written(
         tmp_path, monkeypatch, capsys, arguments):
     monkeypatch.chdir(tmp_path)
@@ -360,13 +292,6 @@ def test_a_wrong_argument_is_refused_in_one_line_and_nothing_is_written(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_without_a_cuda_device_none_is_measured(capsys):
-    with pytest.raises(SystemExit) as stop:
-        bench_memory.main(["--device", "cuda"])
-    assert stop.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
-
-
 def test_an_error_of_ours_is_not_taken_for_a_step_too_large(monkeypatch):
     def fails(args, cases):
         raise RuntimeError("a bug")
@@ -374,11 +299,3 @@ def test_an_error_of_ours_is_not_taken_for_a_step_too_large(monkeypatch):
     monkeypatch.setitem(bench_memory.STORIES, "explain", (fails, ""))
     with pytest.raises(RuntimeError, match="a bug"):
         bench_memory.main(["--explain"])
-
-
-@slow
-def test_numbers_that_are_large_but_count_are_counted(tiny):
-    few, many = (rows_of(*SMALL, "--method", "lst", "--batch-size", size, "--source-length", "8")[0]
-                 for size in ("1000000", HUGE))
-    assert many["weights"] == few["weights"]
-    assert many["saved_activations"] == pytest.approx(1000 * few["saved_activations"], rel=0.01)

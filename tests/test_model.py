@@ -126,6 +126,7 @@ def random_config(seed, head):
                 relative_attention_max_distance=draw.randint(20, 60))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("head", HEADS)
 def test_random_configurations_equal_transformers_live(seed, head, tmp_path):
@@ -156,14 +157,7 @@ def test_what_a_mask_hides_does_not_matter(name, attention):
     row, target = source_mask[1], decoder_mask[1]
     single = t5(source_ids[1:2, row], source_mask[1:2, row], decoder_ids[1:2, target])
     assert_close(single[0], saved["logits"][1, target])
-
-
-@each_attention
-@torch.no_grad()
-def test_a_fully_padded_row_gives_numbers_and_leaves_the_others_as_they_are(attention):
-    t5, saved = fixture("relu-tied", attention=attention)
-    source_ids, source_mask, decoder_ids, decoder_mask = inputs_of(saved)
-    source_mask[1], decoder_mask[1] = False, False
+    source_mask[1], decoder_mask[1] = False, False  # a row of nothing but padding
     logits = t5(source_ids, source_mask, decoder_ids, decoder_mask)
     assert logits.isfinite().all()
     assert_close(logits[[0, 2]], saved["logits"][[0, 2]])
@@ -233,28 +227,6 @@ def test_a_text_does_not_depend_on_its_batch(beams):
         ids = t5.generate(source_ids[row : row + 1, :S], mask[:, :S], MAX_NEW_TOKENS, beams)
         assert until_end(ids)[0].tolist() == batch[row].tolist()
     assert t5.generate(source_ids[:0], source_mask[:0], 5, beams).shape == (0, 1)  # empty batch
-
-
-@torch.no_grad()
-def test_enough_beams_find_the_best_text_of_all():
-    V, length, found = 4, 3, set()
-    for seed in range(6):
-        torch.manual_seed(seed)
-        t5 = T5(T5Config(vocab_size=V, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2,
-                         tie_word_embeddings=False)).eval()
-        nn.init.normal_(t5.head.weight)
-        source_ids, source_mask = torch.tensor([[2, 3, 3]]), torch.ones(1, 3, dtype=torch.bool)
-        scores = {}
-        for text in itertools.product(range(V), repeat=length):
-            text = text[: text.index(1) + 1] if 1 in text else text
-            logits = t5(source_ids, source_mask, torch.tensor([(0, *text[:-1])]))[0]
-            score = logits.log_softmax(-1)[range(len(text)), text].sum()
-            scores[text] = score.item() / len(text)
-        best = max(scores, key=scores.get)
-        ids = t5.generate(source_ids, source_mask, length, V**length)
-        assert until_end(ids, length)[0].tolist() == [*best, *[0] * (length - len(best))]
-        found.add(len(best))
-    assert len(found) > 1, "best texts of one length only would not test the length penalty"
 
 
 def test_generation_stops_where_every_text_has_ended():

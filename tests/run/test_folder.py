@@ -60,7 +60,7 @@ def toy(out, **changes):
 
 
 def work(function, argument, said, at=None, largest_file=None):
-    """at=(module, function, n, signal): to send at the n-th call; largest_file: of a full disk."""
+    """at=(module, function, n, signal): send it at the n-th call; largest_file: of a full disk."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a script's background
     sys.stdout = sys.stderr = open(said, "a")
@@ -87,10 +87,9 @@ def start(function, argument, out, **how):
 
 
 def run(function, argument, out, **how):
-    """Its exit code; negative: the signal that killed it."""
+    """Its exit code; negative: the signal that killed it; None: it hangs."""
     child = start(function, argument, out, **how)
     child.join(60)
-    assert child.exitcode is not None, "the run hangs"
     return child.exitcode
 
 
@@ -106,17 +105,17 @@ def what_counts(out):
     """Weights, log and results of a run, times and memory aside."""
     log = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     results = json.loads((out / "results.json").read_text())
-    for row in (*log, results):
-        for name in ("seconds", "peak_memory_bytes", "command"):
-            row.pop(name, None)
+    changing = "seconds", "peak_memory_bytes", "command"
+    for row, name in itertools.product([*log, results], changing):
+        row.pop(name, None)
     weights = load_file(out / "trained.safetensors")
     weights = {name: tensor.numpy().tobytes() for name, tensor in weights.items()}
     return weights, log, results, sorted(path.name for path in out.iterdir())
 
 
 def same(out, straight):
-    for ours, theirs, name in zip(what_counts(out), straight, "weights log results files".split()):
-        assert ours == theirs, f"{name} differ"
+    for ours, theirs in zip(what_counts(out), straight, strict=True):
+        assert ours == theirs
 
 
 @pytest.fixture(scope="module")
@@ -126,21 +125,16 @@ def straight(tmp_path_factory):
     return what_counts(out)
 
 
-@pytest.fixture(scope="module")
-def once(tmp_path_factory):
-    out = tmp_path_factory.mktemp("cut") / "run"
+@pytest.fixture
+def cut(tmp_path):
+    """The folder of a toy run that was killed in its second epoch, when the state was saved."""
+    out = tmp_path / "run"
     assert run(run_toy, out, out, at=("os", "replace", 7, signal.SIGKILL)) == -signal.SIGKILL
     return out
 
 
-@pytest.fixture
-def cut(once, tmp_path):
-    """The folder of a toy run that was killed in its second epoch, when the state was saved."""
-    return shutil.copytree(once, tmp_path / "run")
-
-
-@pytest.mark.parametrize("name", [pytest.param("fsync", marks=pytest.mark.slow), "replace",
-                                  pytest.param("unlink", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["fsync", "replace", "unlink"])
 def test_killed_at_each_call_that_touches_the_disk_it_goes_on_to_the_same_end(
         straight, tmp_path, name):
     for number in itertools.count(1):
@@ -251,8 +245,6 @@ def test_a_run_goes_on_after_a_refusal_and_when_its_files_have_moved(
     out = shutil.copytree(killed, tmp_path / "run")
     argv = [*trained[0], "--out", str(out)]
     refused(capsys, [*argv, "--resume", "--lr", "0.5"], "lr was 0.01, is 0.5")
-    with folder.lock_run(out):
-        refused(capsys, [*argv, "--resume"], "another run works in", str(out))
     moved = [str(shutil.copytree(old, tmp_path / old.name)) for old in (backbone, glue)]
     more = ["--resume", "--model", moved[0], "--data", moved[1]]
     assert run(train.main, [*argv, *more], out) == 0, said(out)
@@ -270,42 +262,37 @@ def test_a_run_that_has_ended_is_left_as_it_is(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["state.safetensors", "config.json", "results.json"])
-@pytest.mark.parametrize("damage", ["cut", "flipped", "empty"])
-def test_a_damaged_file_is_one_line_and_costs_nothing(cut, name, damage):
+def test_a_damaged_file_is_one_line_and_costs_nothing(cut, name):
     if name == "results.json":
         write(cut / name, "{}")
     whole, middle = (cut / name).read_bytes(), (cut / name).stat().st_size // 2
-    flipped = whole[:middle] + bytes([whole[middle] ^ 255]) + whole[middle + 1:]
-    (cut / name).write_bytes({"cut": whole[:middle], "flipped": flipped, "empty": b""}[damage])
-    before = contents(cut)
-    with pytest.raises(ValueError, match=f"{name} is damaged"):
-        toy(cut)
-    assert contents(cut) == before
-
-
-@pytest.mark.parametrize("name", ["metrics.jsonl", "trained.safetensors"])
-def test_a_resume_that_lacks_what_was_written_is_one_line(cut, name):
-    (cut / name).unlink()
-    with pytest.raises(FileNotFoundError, match=str(cut / name)):
-        toy(cut)
+    for damaged in (b"", whole[:middle], whole[:middle] + b"\xff" + whole[middle + 1:]):
+        (cut / name).write_bytes(damaged)
+        before = contents(cut)
+        with pytest.raises(ValueError, match=f"{name} is damaged"):
+            toy(cut)
+        assert contents(cut) == before
 
 
 @pytest.mark.parametrize("name", ["state.safetensors", "trained.safetensors"])
-def test_every_damaged_byte_of_a_file_of_tensors_is_noticed(cut, name):
+def test_every_damaged_byte_is_noticed_and_a_lost_file_is_one_line(cut, name):
     path, dice = cut / name, random.Random(0)
     whole = path.read_bytes()
-    damaged = [whole[:end] for end in (0, 1, 7, 8, 9, 100, len(whole) // 2, len(whole) - 1)]
-    damaged += [b"version https://git-lfs.github.com/spec/v1\n", b"<!DOCTYPE html>", whole + b"0"]
-    for place in [*range(300), *(dice.randrange(len(whole)) for _ in range(300))]:
+    damaged = [whole[:end] for end in (0, 7, 9, 100, len(whole) - 1)] + [whole + b"0"]
+    for place in [*range(0, 300, 3), *(dice.randrange(len(whole)) for _ in range(100))]:
         byte = whole[place] ^ 1 << dice.randrange(8)
         damaged.append(whole[:place] + bytes([byte]) + whole[place + 1:])
     for content in damaged:
         path.write_bytes(content)
         with pytest.raises(ValueError, match=f"{path} is damaged or was not written by"):
             folder.read_tensors(path)
+    if name == "trained.safetensors":  # which the state says is there
+        path.unlink()
+        with pytest.raises(FileNotFoundError, match=str(path)):
+            toy(cut)
 
 
-def test_a_full_disk_is_one_line_and_the_old_state_is_kept(cut, straight):
+def test_killed_and_then_out_of_disk_it_keeps_the_old_state_and_goes_on_from_it(cut, straight):
     state = (cut / "state.safetensors").read_bytes()
     assert run(run_toy, cut, cut, largest_file=len(state) // 2) == 2
     last = said(cut).splitlines()[-1]
@@ -321,7 +308,7 @@ def test_a_second_run_in_a_folder_is_refused_and_an_empty_folder_is_removed(tmp_
         with pytest.raises(ValueError, match="another run works in"):
             toy(out)
         assert out.is_dir()
-    assert not out.exists(), "nothing was written, so nothing is left"
+    assert not out.exists()
 
 
 def test_overwrite_replaces_a_run_and_touches_nothing_else(argv, tmp_path, capsys):

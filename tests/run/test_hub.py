@@ -50,8 +50,6 @@ class Handler(BaseHTTPRequestHandler):
         trouble = trouble.pop(0) if trouble else None
         server.seen.append((self.command, self.path, self.headers.get("Authorization")))
         status, (headers, body) = 200, server.files.get(self.path, ({}, b""))
-        if trouble == "mute":
-            server.hold.wait(30)
         if self.path in server.moved:
             status, headers = server.moved[self.path]
         elif isinstance(trouble, int) or self.path not in server.files:
@@ -63,17 +61,13 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)
-        chunked = trouble == "cut between chunks"
-        self.send_header(*("Transfer-Encoding", "chunked") if chunked
-                         else ("Content-Length", str(len(body))))
+        self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         if self.command == "HEAD":
             return
         half = len(body) // 2
         with contextlib.suppress(OSError):  # the reader gave up
-            if chunked:
-                self.wfile.write(b"%x\r\n%s\r\n" % (half, body[:half]))
-            elif trouble == "slow":
+            if trouble == "slow":
                 for start in range(0, len(body), len(body) // 5 + 1):
                     self.wfile.write(body[start:start + len(body) // 5 + 1])
                     time.sleep(0.1)
@@ -123,9 +117,10 @@ class World:
             server.shutdown()
             server.server_close()
 
-    def python(self, code, *args):
-        return subprocess.Popen([sys.executable, "-c", code, *args], cwd=ROOT, text=True,
-                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+def python(code, *args):
+    return subprocess.Popen([sys.executable, "-c", code, *args], cwd=ROOT, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 @pytest.fixture
@@ -176,20 +171,11 @@ def left(folder):
     return sorted(path.name for path in folder.rglob("*") if path.is_file())
 
 
-def wait_for(what, seconds=30):
-    end = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.01)
-
-
 # -------------------------------------------------------------------------------------- one file
 
 TROUBLE = {  # what the server does: (what the line says, how often it was tried)
     "cut": ("the connection was cut after [0-9]+ of [0-9]+ bytes.*try again", 3),
-    "cut between chunks": (r"IncompleteRead\(.*try again", 3),
     "stall": ("timed out.*try again", 3),
-    "mute": ("timed out.*try again", 3),
     "wrong": ("has sha256 .*, not .*try again", 1),
     "page": ("gave a web page, not a file", 1),
     403: (r"HTTP Error 403: Forbidden.*HF_TOKEN", 1),
@@ -212,24 +198,17 @@ def test_a_download_that_fails_is_one_line_leaves_nothing_and_the_next_succeeds(
     assert (tmp_path / "new" / "file").read_bytes() == BYTES and left(tmp_path) == ["file"]
 
 
-@pytest.mark.parametrize("trouble", [["cut", "stall"], ["mute"], ["slow"], ["cut between chunks"]])
-def test_what_breaks_off_starts_again_and_what_is_slow_is_waited_for(world, tmp_path, trouble):
+@pytest.mark.parametrize("trouble", [["cut", "stall"], ["slow"]])
+def test_what_breaks_off_starts_again_and_what_is_slow_is_waited_for(
+        world, tmp_path, capsys, trouble):
     download(world.serve(trouble=trouble), tmp_path / "file")  # slow: 0.6 s, never 0.4 s silent
     assert (tmp_path / "file").read_bytes() == BYTES and left(tmp_path) == ["file"]
     assert len(world.store.seen) == len(trouble) + (trouble != ["slow"])
-
-
-def test_progress_is_shown_for_each_tenth(world, tmp_path, capsys):
-    download(world.serve(), tmp_path / "name")
     shown = capsys.readouterr().out.splitlines()
-    assert 1 < len(shown) <= 10 and shown[-1].startswith(f"name, byte {len(BYTES)}/{len(BYTES)}")
+    assert 1 < len(shown) <= 30 and shown[-1].startswith(f"file, byte {len(BYTES)}/{len(BYTES)}")
 
 
-def test_a_circle_of_redirects_and_nobody_there_are_one_line(world, tmp_path):
-    world.store.moved["/circle"] = 302, {"Location": "/circle"}
-    with pytest.raises(ValueError, match="302.*infinite loop") as caught:
-        download(world.store.url + "/circle", tmp_path / "file")
-    assert "\n" not in str(caught.value)
+def test_nobody_there_is_one_line(tmp_path):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))  # bound, not listening: refused
         with pytest.raises(ValueError, match="could not be downloaded.*refused"):
@@ -247,14 +226,6 @@ def test_a_hub_file_lies_where_huggingface_hub_looks(models):
     asked = len(models.hub.seen)
     assert hub_file(FLAN, "config.json") == path  # from the cache
     assert len(models.hub.seen) == asked == 2 and models.store.seen == []
-
-
-def test_a_slash_in_a_revision_is_escaped(world):
-    world.publish("org/name", "refs%2Fpr%2F1", COMMIT, {"model.safetensors": BYTES})
-    for _ in range(2):
-        assert hub_file("org/name", "model.safetensors", "refs/pr/1").read_bytes() == BYTES
-    assert [path for _, path, _ in world.hub.seen] == [
-        "/org/name/resolve/refs%2Fpr%2F1/model.safetensors"]
 
 
 def test_the_token_goes_to_the_hub_and_to_no_other_host(models, monkeypatch):
@@ -287,18 +258,12 @@ def test_an_existing_cache_is_used_without_network(world, monkeypatch):
     old.parent.mkdir(parents=True)
     old.write_bytes(b"{}")  # from before the repository had an organisation
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert hub_file("org/name", "config.json", COMMIT) == old
     assert hub_file("org/name", "model.safetensors").read_bytes() == b"weights"
     assert hub_file("org/name", "model.safetensors", COMMIT).read_bytes() == b"weights"
-    assert hub_file("org/name", "config.json", COMMIT) == old
     with pytest.raises(NotThere, match="org/name/spiece.model is not in .* HF_HUB_OFFLINE"):
         hub_file("org/name", "spiece.model")
     assert world.hub.seen == []
-
-
-def test_a_file_that_the_hub_does_not_have_can_be_told_apart(world):
-    with pytest.raises(NotThere, match="org/name/resolve/main/spiece.model"):
-        hub_file("org/name", "spiece.model")
-    assert left(world.home) == []
 
 
 # -------------------------------------------------------------------------------- public models
@@ -325,9 +290,9 @@ def test_a_public_model_is_fetched_once_and_then_needs_no_network(
 @pytest.mark.skipif(not importlib.util.find_spec("huggingface_hub"), reason="not installed")
 def test_what_huggingface_hub_left_is_used_and_what_we_left_it_finds(models, monkeypatch):
     def theirs(*args):
-        child = models.python("import sys; from huggingface_hub import hf_hub_download as load\n"
-                              "for name in sys.argv[3:]:\n"
-                              "    print(load(sys.argv[1], name, revision=sys.argv[2]))", *args)
+        child = python("import sys; from huggingface_hub import hf_hub_download as load\n"
+                       "for name in sys.argv[3:]:\n"
+                       "    print(load(sys.argv[1], name, revision=sys.argv[2]))", *args)
         out, err = child.communicate(timeout=60)
         assert child.returncode == 0, err
         return out.split()
@@ -354,9 +319,10 @@ def large(models):
 
 
 def test_a_killed_process_leaves_what_the_next_one_can_use(models, large):
-    child = models.python("import sys; from run.hub import hub_file; hub_file(*sys.argv[1:])",
-                          *large)
-    wait_for(lambda: [path for path in models.cache.rglob("*.partial") if path.stat().st_size])
+    child = python("import sys; from run.hub import hub_file; hub_file(*sys.argv[1:])", *large)
+    while not any(path.stat().st_size for path in models.cache.rglob("*.partial")):
+        assert child.poll() is None
+        time.sleep(0.01)
     child.kill()
     child.communicate()
     assert left(models.home) == ["model.safetensors.partial"]
@@ -379,8 +345,8 @@ def rte(world):
     rows = "index\tsentence1\tsentence2\tlabel\n" + "0\tA\tB\tentailment\n" * 20
     archive = world.home.parent / "RTE.zip"
     with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as packed:
-        for name in ("train.tsv", "dev.tsv"):
-            packed.writestr(f"RTE/{name}", rows)
+        packed.writestr("RTE/train.tsv", rows)
+        packed.writestr("RTE/dev.tsv", rows)
     world.serve("/glue/data/RTE.zip", content=archive.read_bytes())
     return sha256(archive.read_bytes())
 

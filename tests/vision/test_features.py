@@ -1,6 +1,5 @@
 """Pictures and what CLIP sees in them: files good and bad, geometry, and features on disk."""
 import importlib.util
-import io
 import multiprocessing
 import os
 import random
@@ -71,9 +70,8 @@ def test_every_kind_of_picture_becomes_rgb(tmp_path):
 @needs_pillow
 @pytest.mark.parametrize("mode, colour, transparency, expected", [
     ("RGBA", (10, 20, 30, 0), None, 255), ("RGBA", (0, 0, 0, 51), None, 204),
-    ("LA", (0, 51), None, 204), ("L", 7, 7, 255), ("L", 7, 8, 7), ("1", 0, 0, 255),
-    ("RGB", (1, 2, 3), (1, 2, 3), 255), ("RGB", (7, 7, 7), (1, 2, 3), 7),
-    ("P", 1, 1, 255), ("P", 1, b"\xff\x00", 255), ("P", 1, b"\xff\x33", 204), ("P", 1, 0, 0)])
+    ("LA", (0, 51), None, 204), ("L", 7, 7, 255), ("RGB", (1, 2, 3), (1, 2, 3), 255),
+    ("RGB", (7, 7, 7), (1, 2, 3), 7), ("P", 1, 1, 255), ("P", 1, b"\xff\x33", 204)])
 def test_what_is_transparent_lies_on_white(tmp_path, mode, colour, transparency, expected):
     image = Image.new(mode, (2, 1), colour)
     if mode == "P":
@@ -86,46 +84,26 @@ def test_what_is_transparent_lies_on_white(tmp_path, mode, colour, transparency,
 
 
 @needs_pillow
-def test_one_pixel_is_a_picture_and_the_cameras_rotation_is_not_applied(tmp_path):
-    pixels = read_image(saved(tmp_path / "a.png", Image.new("RGB", (1, 1), (1, 2, 3))))
-    assert pixels.tolist() == [[[1, 2, 3]]] and preprocess([pixels], 32).shape == (1, 3, 32, 32)
-    exif = Image.Exif()
-    exif[0x0112] = 6  # orientation: a quarter turn, which CLIP's preprocessing ignores, too
-    assert read_image(saved(tmp_path / "a.jpg", Image.new("RGB", (6, 2)), exif=exif)).size(0) == 2
-
-
-@needs_pillow
-def test_what_is_no_picture_is_one_line_that_names_the_file(tmp_path, capfd):
+def test_what_is_no_picture_is_one_line_that_names_the_file(tmp_path, monkeypatch, capfd):
     def refused(name, *words):
         with pytest.raises(ValueError) as error:
             read_image(tmp_path / name)
         one_line(error, str(tmp_path / name), *words)
     noise = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
-    noise, buffer = Image.fromarray(noise), io.BytesIO()
     for name in ("cut.png", "cut.jpg", "cut.gif", "cut.bmp", "cut.webp"):
-        whole = saved(tmp_path / name, noise).read_bytes()
-        for share in (0.02, 0.1, 0.5, 0.9):
+        whole = saved(tmp_path / name, Image.fromarray(noise)).read_bytes()
+        for share in (0.02, 0.5, 0.9):
             (tmp_path / name).write_bytes(whole[:int(len(whole) * share)])
             refused(name)
-    noise.save(buffer, "TIFF")
-    for name, content in (
-            ("empty.png", b""), ("text.jpg", b"hello"), ("page.jpg", b"<html>404</html>"),
-            ("script.png", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"),
-            ("tiff.png", buffer.getvalue()), ("zeros.png", bytes(9999))):
+    for name, content in (("empty.png", b""), ("page.jpg", b"<html>404</html>"),
+                          ("script.png", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")):
         put(tmp_path, name, content)
         refused(name)
-    refused(".")
     refused("missing.png")
-    assert capfd.readouterr() == ("", "")
-
-
-@needs_pillow
-def test_a_huge_picture_is_refused_before_it_is_unpacked(tmp_path, monkeypatch):
     saved(tmp_path / "bomb.png", Image.new("RGB", (30, 30)))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 400)  # Pillow's is 89 million, and twice allowed
-    with pytest.raises(ValueError) as error:
-        read_image(tmp_path / "bomb.png")
-    one_line(error, "bomb.png", "900 pixels")
+    refused("bomb.png", "900 pixels")  # before it is unpacked
+    assert capfd.readouterr() == ("", "")
 
 
 @needs_pillow
@@ -137,8 +115,7 @@ def test_a_damaged_picture_is_read_or_refused_in_one_line(tmp_path, ending, capf
         warnings.simplefilter("error")
         for _ in range(150):
             damaged = bytearray(whole)
-            for _ in range(dice.randint(1, 4)):
-                end = min(len(whole), 200) if dice.random() < 0.5 else len(whole)
+            for end in (len(whole), 200, 200):
                 damaged[dice.randrange(end)] = dice.randrange(256)
             path.write_bytes(damaged)
             try:
@@ -167,8 +144,7 @@ def test_preprocessing_computed_by_hand():
 
 
 @needs_pillow
-@pytest.mark.parametrize("size", [(48, 64), (64, 64), (1, 1), (1, 50), (30, 7), (200, 150),
-                                  (32, 32), (33, 31), (300, 30)])
+@pytest.mark.parametrize("size", [(48, 64), (1, 1), (1, 50), (200, 150), (33, 31), (300, 30)])
 def test_preprocessing_is_pillows_resize(size):
     noise = np.random.default_rng(0).integers(
         0, 256, (size[0] // 8 + 1, size[1] // 8 + 1, 3), dtype=np.uint8)
@@ -219,34 +195,21 @@ def right(found, count=10):
     return True
 
 
-def shards(folder):
-    return sorted(folder.glob("shard-*.safetensors"))
-
-
-def test_features_are_looked_up(tmp_path, capsys):
+def test_clip_sees_each_picture_once_and_features_are_looked_up(tmp_path, capsys):
     clip = Clip()
-    found = run_clip(tmp_path, clip)
-    assert clip.seen == 10 and right(found) and len(shards(tmp_path)) == 3
+    features(clip, picture, ["1", "2", "1", "0"], tmp_path, size=14)
+    assert clip.seen == 3 and "3/3" in capsys.readouterr().out
+    assert right(run_clip(tmp_path, clip)) and clip.seen == 10  # three of them are there already
+    capsys.readouterr()
+    found = run_clip(tmp_path, clip, count=5)
+    assert clip.seen == 10 and capsys.readouterr().out == ""
+    assert right(found, count=10)  # fewer take nothing away
     pairs = found.lookup([("3", "1"), ("9", "9")])
     assert pairs.shape == (2, 2, 36, 3) and pairs.dtype == torch.float32
     assert torch.equal(pairs[0, 1], found.lookup([("1",)])[0, 0])
     assert torch.equal(pairs[1, 0], pairs[1, 1])
-    assert "10/10" in capsys.readouterr().out
-    with pytest.raises(KeyError):
-        found.lookup([("10",)])
     found.hidden = True  # as if every picture were blank
-    assert found.lookup([("3", "1"), ("9", "9")]).shape == pairs.shape
-    assert not found.lookup([("3", "1")]).any()
-
-
-def test_clip_sees_each_picture_once(tmp_path, capsys):
-    clip = Clip()
-    features(clip, picture, ["1", "2", "1", "0"], tmp_path, size=14)
-    assert clip.seen == 3
-    assert right(run_clip(tmp_path, clip)) and clip.seen == 10  # three of them are there already
-    capsys.readouterr()
-    assert right(run_clip(tmp_path, clip)) and clip.seen == 10 and capsys.readouterr().out == ""
-    assert right(run_clip(tmp_path, clip, count=5), count=10)  # fewer take nothing away
+    assert torch.equal(found.lookup([("3", "1"), ("9", "9")]), torch.zeros_like(pairs))
 
 
 def killed(folder, number):
@@ -275,7 +238,7 @@ def test_a_killed_run_leaves_whole_shards_only(tmp_path, number):
 def test_each_damaged_byte_is_noticed_and_its_shard_made_again(tmp_path):
     (tmp_path / "notes.txt").write_text("stays")
     run_clip(tmp_path, Clip())
-    path, dice = shards(tmp_path)[0], random.Random(0)
+    path, dice = tmp_path / "shard-0.safetensors", random.Random(0)
     whole = path.read_bytes()
     damages = [b"", whole[:-1], whole[:len(whole) // 2], whole + b"\0", bytes(len(whole))]
     for place in dice.sample(range(len(whole)), 40):
@@ -287,10 +250,3 @@ def test_each_damaged_byte_is_noticed_and_its_shard_made_again(tmp_path):
         clip = Clip()
         assert right(run_clip(tmp_path, clip)) and clip.seen == 4
     assert (tmp_path / "notes.txt").read_text() == "stays"
-
-
-def test_a_home_folder_that_cannot_be_written_to_is_one_line(tmp_path):
-    (tmp_path / "home").write_text("a file, because root may write everywhere")
-    with pytest.raises(OSError) as error:
-        run_clip(tmp_path / "home" / ".cache" / "features", Clip())
-    one_line(error, str(tmp_path / "home"))
