@@ -382,7 +382,7 @@ class T5(Generates, nn.Module):
         return self.decoder(self.embed(decoder_ids), decoder_mask, memory, cache, keep=keep)
 
     def logits(self, h: Tensor) -> Tensor:
-        """The head, after the final norm: (B, T, D) -> (B, T, V). Only v1.0 scales, by D ** -0.5."""
+        """The head, after the final norm: (B, T, D) -> (B, T, V). v1.0 scales by D ** -0.5."""
         if self.config.scale_decoder_outputs:
             h = h * self.config.d_model ** -0.5
         logits = F.linear(h, self.embed.weight if self.head is None else self.head.weight)
