@@ -180,7 +180,7 @@ class Case:
         if self.images:
             t5.visual.float()
         if self.method == "lst":
-            net = LadderT5(t5, self.r, self.layers)
+            net = LadderT5(t5, self.r, self.layers or None)
         else:
             net = methods.apply(t5, self.method, self.as_authors, self.freeze)
         if fast:

@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent
 BUDGETS = {  # lines at most, blank ones and comments included
     "model.py": 680, "side.py": 200, "prune.py": 170, "data.py": 300, "train.py": 260,
     "bench_memory.py": 400, "methods": 540, "vision": 1070, "llm": 500, "memory": 670, "run": 1430,
-    "exercises": 900, "tests": 7500,
+    "exercises": 900, "tests": 7000,
 }
 SIX = {name for name in BUDGETS if name.endswith(".py")}
 LAYERS = [  # a module imports from its own layer, without cycles, and from the ones above it here
@@ -69,7 +69,7 @@ def test_lines_are_at_most_100_columns_wide(path):
 
 @pytest.mark.parametrize("place", BUDGETS)
 def test_every_place_keeps_its_budget(place):
-    files = [path for path in FILES if path.parts[0] == place]
+    files = [path for path in FILES if path.parts[0] == place and "fixtures" not in path.parts]
     lines = sum(len((ROOT / path).read_text(encoding="utf-8").splitlines()) for path in files)
     assert lines <= BUDGETS[place], f"{place} has {lines} lines"
 
