@@ -114,8 +114,11 @@ def new_folder(name: str) -> Path:
 @contextlib.contextmanager
 def lock(folder: Path, wait: bool = True) -> Iterator[None]:
     """Hold a folder until the end or the process's death. wait=False: another one's: ValueError."""
-    folder.mkdir(parents=True, exist_ok=True)
-    file = os.open(folder, os.O_RDONLY)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be a folder here: {error.strerror}") from None
     try:
         fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -152,7 +155,10 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def read_config(out: str | Path) -> dict:
     """Return the config of the run that left its weights in this folder."""
-    return json.loads(read_tensors(Path(out) / "trained.safetensors")[1]["config"])
+    metadata = read_tensors(Path(out) / "trained.safetensors")[1]
+    if "config" not in metadata:
+        raise ValueError(f"{out}/trained.safetensors is not what a run has trained")
+    return json.loads(metadata["config"])
 
 
 def load_trained(out: str | Path, model: nn.Module) -> None:
@@ -203,6 +209,9 @@ class Run:
             ended = read_json(results)
             (self.out / "state.safetensors").unlink(missing_ok=True)
             return ended
+        if (self.out / "trained.safetensors").exists() > (self.out / "state.safetensors").exists():
+            raise ValueError(f"{self.out} cannot go on: it has weights, but its state.safetensors "
+                             "and results.json are gone; --overwrite begins anew")
 
     def load(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> bool:
         """Bring model and optimizer to the saved state. Return False if there is none."""

@@ -129,6 +129,8 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         if value != parser.get_default(name) and not readers & kinds:
             parser.error(f"--{name.replace('_', '-')} means nothing here, only with "
                          f"{' or '.join(sorted(readers))}: leave it out")
+    if args.data == "sample" and args.task != ["sst2"]:
+        parser.error("--data sample is for sst2; for other tasks name a folder, or leave it out")
     if args.lr is not None and not 0 < args.lr < math.inf:
         parser.error(f"--lr is {args.lr}, it must be a finite number above 0")
     if args.dropout is not None and not 0 <= args.dropout < 1:

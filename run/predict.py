@@ -53,8 +53,8 @@ def predict(args: argparse.Namespace, load: Callable) -> dict:
                          "which of them --predict is about")
     task, files = TASKS[names[0]], args.image or []
     if len(files) != task.pictures:
-        raise ValueError(f"{task.name} is about {task.pictures} pictures, {len(files)} given: "
-                         f"{' '.join(['--image', *['FILE'] * task.pictures])}")
+        raise ValueError(f"{task.name} takes {task.pictures or 'no'} pictures (--image FILE ...), "
+                         f"{len(files)} given")
     args.predict.encode("utf-8")  # ValueError: the terminal's text is not UTF-8
     example, pictures = task.ask(args.predict, config["prompts"]), [read_image(f) for f in files]
     moved = {name: getattr(args, name) for name in ("model", "clip") if getattr(args, name)}

@@ -31,7 +31,8 @@ class Progress:
         self.start, self.tenths = time.time(), 0
 
     def step(self, done: int, detail: str = "") -> None:
-        live, tenths = sys.stdout.isatty(), done * 10 // self.total
+        live = sys.stdout is not None and sys.stdout.isatty()  # the shell may have closed it
+        tenths = done * 10 // self.total
         if rank() > 0 or not (live or tenths > self.tenths):
             return
         self.tenths = tenths

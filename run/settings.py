@@ -146,8 +146,8 @@ def announce(args: argparse.Namespace, model: nn.Module, datasets: dict[str, Dat
 def stopped(args: argparse.Namespace, run: Run) -> None:
     """Print how far a run has come that was interrupted, and what is kept of it."""
     kept = f"epoch {run.best['epoch']} is kept in {run.out}" if run.best else "no weights were kept"
-    print0(f"\nstopped after {run.step} of {args.steps} steps; {kept}\nto go on from the last step "
-           f"that was saved: the same command, with --resume --out {args.out}")
+    print0(f"\nstopped after {run.step} of {args.steps} steps; {kept}\n"
+           f"to go on: the same command, with --resume --out {args.out}, without --overwrite")
 
 
 def conclude(args: argparse.Namespace, model: nn.Module, run: Run, results: dict) -> dict:

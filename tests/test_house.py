@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 BUDGETS = {  # lines at most, blank ones and comments included
     "model.py": 680, "side.py": 200, "prune.py": 170, "data.py": 300, "train.py": 260,
-    "bench_memory.py": 400, "methods": 540, "vision": 1070, "llm": 500, "memory": 670, "run": 1430,
+    "bench_memory.py": 400, "methods": 540, "vision": 1070, "llm": 500, "memory": 670, "run": 1440,
     "exercises": 900, "tests": 7000,
 }
 SIX = {name for name in BUDGETS if name.endswith(".py")}

@@ -464,7 +464,7 @@ def test_without_a_network_sst2_trains_on_the_bundled_sample_and_says_so(argv, o
 
 def test_other_tasks_say_where_to_put_which_file(argv, offline, tmp_path, capsys):
     refused(capsys, without("--data", argv("--task", "rte")), "127.0.0.1:9", "--data DIR", "RTE")
-    refused(capsys, argv("--task", "rte", "--data", "sample"), "RTE", "train.tsv")
+    refused(capsys, argv("--task", "rte", "--data", "sample"), "--data sample is for sst2")
     assert not (tmp_path / "run").exists()
 
 

@@ -355,3 +355,13 @@ def test_results_say_where_they_come_from(learned):
     assert results["config"].items() <= config.items()
     assert config["seconds"] == results["seconds"] > 0
     assert config["peak_memory_bytes"] == results["peak_memory_bytes"] > 2**20
+
+
+def test_weights_without_state_or_results_are_not_thrown_away_by_resume(argv, tmp_path, capsys):
+    train.main(argv("--max-steps", 1))
+    (tmp_path / "run" / "results.json").unlink()
+    before = contents(tmp_path / "run")
+    refused(capsys, argv("--max-steps", 1, "--resume"), "results.json are gone", "--overwrite")
+    assert contents(tmp_path / "run") == before
+    (tmp_path / "file").touch()
+    refused(capsys, argv("--out", tmp_path / "file"), "file cannot be a folder here")

@@ -47,7 +47,7 @@ def test_any_text_gets_one_line(learned, capsys, text):
 def test_what_the_run_has_not_learned_is_refused(learned, capsys):
     refused(capsys, ask(learned[0], "caf\udce9"), "utf-8")
     refused(capsys, [*ask(learned[0]), "--task", "rte"], "sst2", "--task")
-    refused(capsys, [*ask(learned[0]), "--image", "a.png"], "sst2", "0 pictures")
+    refused(capsys, [*ask(learned[0]), "--image", "a.png"], "sst2", "takes no pictures")
 
 
 # ------------------------------------------------------------------------------ the same backbone

@@ -118,3 +118,9 @@ def test_a_signal_that_a_background_job_ignores_stays_ignored():
     with report.stop_signals() as received:
         os.kill(os.getpid(), signal.SIGINT)
     assert received == [] and signal.signal(signal.SIGINT, before) is signal.SIG_IGN
+
+
+def test_a_closed_stdout_stops_nothing(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    report.Progress("step", 2).step(2)
+    report.print0("seen by nobody")

@@ -1,10 +1,13 @@
 """Several tasks and seeds: a run each, and their table."""
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+import data
 import train
 from run.sweep import summarize, table
 from workshop import contents, refused
@@ -51,7 +54,9 @@ def test_a_table_that_cannot_begin_leaves_what_was_there(learned, argv, tmp_path
     before = contents(tmp_path / "run")
     more = argv("--seeds", "0,1", "--overwrite")
     refused(capsys, [*more, "--data", str(tmp_path / "nowhere")], "train.tsv is missing")
-    refused(capsys, [*more, "--task", "sst2,rte", "--data", "sample"], "RTE")  # before sst2 has run
+    only_sst2 = tmp_path / "only"
+    shutil.copytree(Path(data.SAMPLE) / "SST-2", only_sst2 / "SST-2")
+    refused(capsys, [*more, "--task", "sst2,rte", "--data", str(only_sst2)], "RTE")  # before a run
     refused(capsys, [*more, "--init", str(learned[0]), "--r", "2"], "does not fit")
     assert contents(tmp_path / "run") == before
 

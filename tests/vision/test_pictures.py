@@ -366,7 +366,7 @@ def test_a_picture_file_is_asked_about_as_in_the_test(joint, tmp_path, monkeypat
 
 @pytest.mark.parametrize("more, words", [
     ("--task vqa --predict what?", ("vqa", "--image FILE")),
-    ("--task nlvr2 --predict true? --image a.png", ("nlvr2", "2 pictures", "--image FILE FILE")),
+    ("--task nlvr2 --predict true? --image a.png", ("nlvr2", "2 pictures", "--image FILE")),
     ("--predict what?", ("vqa, gqa, nlvr2, coco", "--task")),
     ("--task easy-vqa --predict what? --image a.png", ("--task",))])
 def test_a_question_that_does_not_fit_the_run_is_one_line(joint, capsys, more, words):
