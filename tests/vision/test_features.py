@@ -225,8 +225,9 @@ def killed(folder, number):
 
 
 @pytest.mark.parametrize("number", [0, 2])
-def test_a_killed_run_leaves_whole_shards_only(tmp_path, number):
-    child = multiprocessing.get_context("fork").Process(target=killed, args=(tmp_path, number))
+def test_a_killed_run_leaves_whole_shards_only(children, tmp_path, number):
+    context = multiprocessing.get_context("forkserver")
+    child = context.Process(target=killed, args=(tmp_path, number))
     child.start()
     child.join(60)
     assert child.exitcode == -signal.SIGKILL and len(list(tmp_path.glob("*.partial"))) == 1
