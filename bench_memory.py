@@ -13,8 +13,9 @@ No weights and no GPU are needed: memory/account.py counts bytes on torch's meta
 """
 import argparse
 import json
+import math
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,88 +24,107 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import methods
-from memory import account, formula, plot, seconds, stories
-from memory.account import GB
-from memory.published import CONVENTIONS
+from memory import account, formula, stories
+from memory.environment import OF_TABLE_1, OF_TABLE_3
 from model import CLIPT5, T5, T5Config
 from run import kernels
-from run.arguments import Parser, numbers, positive, whole
+from run.options import Parser, numbers, positive, whole
 from run.report import exit_cleanly, hardware
+from run.settings import check_ladder
 from side import Gate, LadderT5
 
 
 # -------------------------------------------------------------------------- Section 3.1, an MLP
 
-ACTIVATIONS = {"ReLU": torch.relu, "sigmoid": torch.sigmoid, "GELU": F.gelu}
+ACTIVATIONS = {  # sigma, its derivative, and what autograd computes that from: a = sigma(z), or z
+    "ReLU": (torch.relu, lambda a: a > 0, "a"),
+    "sigmoid": (torch.sigmoid, lambda a: a * (1 - a), "a"),
+    "GELU": (F.gelu, lambda z: torch.special.ndtr(z) + z * torch.exp(-z * z / 2)
+             / math.sqrt(2 * math.pi), "z"),
+}
 
 
-def mlp(method: str, activation: Callable[[Tensor], Tensor], N: int, B: int, D: int,
-        r: int) -> tuple[int, int]:
-    """Return the bytes that an MLP keeps for backward, by formula and by count.
+@torch.no_grad()
+def backward_by_hand(a_0: Tensor, W: Sequence[Tensor], b: Sequence[Tensor],
+                     activation: str) -> tuple[dict, dict, list, list]:
+    """Return {i: dL/dW_i}, {i: dL/db_i} for L = sum(a_N), and what they read: {a}, {sigma'}.
 
-    Of N layers a_{i+1} = activation(W_{i+1} a_i + b_{i+1}) of width D the method trains everything
-    ("full"), the biases ("bias"), or a ladder beside them ("ladder").
-    Eq. 1: the gradient of W_{i+1} needs a_i. Eq. 2: that of a_i, and so that of b_i, needs the
-    derivative of each activation above.
+    a_{i+1} = sigma(z_{i+1}) = sigma(W_i a_i + b_i). a_0 (B, D), W[i] (D, D), b[i] (D)
     """
-    d, ladder = D // r, method == "ladder"
+    sigma, slope, source = ACTIVATIONS[activation]
+    a, for_slope = [a_0], []
+    for W_i, b_i in zip(W, b):
+        z = a[-1] @ W_i.T + b_i  # (B, D)
+        a.append(sigma(z))
+        for_slope.append(z if source == "z" else a[-1])
+
+    dL_dW, dL_db, dL_da = {}, {}, torch.ones_like(a[-1])
+    for i in reversed(range(len(W))):
+        error = dL_da * slope(for_slope[i])  # dL/dz_{i+1}: both equations read sigma'
+        dL_dW[i] = error.T @ a[i]            # Eq. 1 reads a_i, too
+        dL_db[i] = error.sum(dim=0)          # Eq. 1 does not, for b_i
+        dL_da = error @ W[i]                 # Eq. 2: dL/da_i, by the chain rule
+    return dL_dW, dL_db, a[:-1], for_slope
+
+
+def mlp(method: str, activation: str, N: int, B: int, D: int, r: int) -> tuple[int, int]:
+    """Return the bytes that Eq. 1 and 2 read, and those that autograd keeps.
+
+    Of N layers of width D the method trains everything ("full"), the biases ("bias"), or a ladder
+    beside them ("ladder").
+    """
+    d, ladder, (sigma, _, source) = D // r, method == "ladder", ACTIVATIONS[activation]
     with torch.device("meta"):
         backbone, side = (nn.ModuleList(nn.Linear(n, n) for _ in range(N)) for n in (D, d))
         rungs, down_emb = nn.ModuleList(Gate(D, d) for _ in range(N)), nn.Linear(D, d)
         a_0 = torch.randn(B, D)
-    for layer in backbone:
-        layer.weight.requires_grad_(method == "full")
-        layer.bias.requires_grad_(not ladder)
+    W, b = [layer.weight for layer in backbone], [layer.bias for layer in backbone]
+    for tensor in (*W, *b):
+        tensor.requires_grad_(method == "full" or method == "bias" and tensor.dim() == 1)
 
     def forward() -> Tensor:
         a, h = a_0, down_emb(a_0) if ladder else None
         for i in range(N):
-            a = activation(backbone[i](a))
+            a = sigma(backbone[i](a))
             if ladder:
-                h = activation(side[i](rungs[i](h, a)))
+                h = sigma(side[i](rungs[i](h, a)))
         return h.sum() if ladder else a.sum()
 
+    _, _, a, for_slope = backward_by_hand(a_0, W, b, activation)
     wide, narrow = 4 * B * D, 4 * B * d  # one activation of each width
-    # GELU's derivative needs its input z_i; ReLU's and sigmoid's their output, which is a_i
-    of_input = activation is F.gelu
-    predicted = {
-        # a_0 ... a_{N-1}, and for the derivatives z_1 ... z_N, or only a_N
-        "full": (2 * N if of_input else N + 1) * wide,
-        # the derivatives: z_1 ... z_N, or a_1 ... a_N
-        "bias": N * wide,
-        # a_0 ... a_N for down's weights; at each rung down(a), h and their mix, the derivatives,
-        # mu and 1 - mu
-        "ladder": (N + 1) * wide + (3 * N + (N if of_input else 1)) * narrow + 8 * N,
+    read = {
+        "full": account.bytes_of({*a, *for_slope}),  # of ReLU and sigmoid many are in both
+        "bias": account.bytes_of(for_slope),
+        # a_0 ... a_N for down's weights; at each rung down(a), h and their mix, sigma', mu, 1 - mu
+        "ladder": (N + 1) * wide + (3 * N + (N if source == "z" else 1)) * narrow + 8 * N,
     }[method]
     modules = nn.ModuleList([backbone, side, rungs, down_emb])
-    return predicted, account.saved_bytes(forward, modules.parameters())
+    return read, account.saved_bytes(forward, modules.parameters())
 
 
 def show_section_3_1(N: int = 12, B: int = 100, D: int = 768, r: int = 8) -> list[dict]:
-    print(f"Section 3.1: {N} layers of width {D}, batch {B}; bytes kept for backward, "
-          "formula = count\n")
-    print(f"{'':10}{'full fine-tuning':>24}{'only biases':>24}{f'a ladder, r = {r}':>24}")
+    print(f"Section 3.1: {N} layers of width {D}, batch {B}; bytes that Eq. 1 and 2 read\n"
+          "= bytes that autograd keeps\n\n"
+          f"{'':7}{'full fine-tuning':>24}{'only biases':>24}{f'a ladder, r = {r}':>24}")
     rows = []
-    for name, activation in ACTIVATIONS.items():
-        row, line = {"activation": name}, f"{name:10}"
+    for name in ACTIVATIONS:
+        row, line = {"activation": name}, f"{name:7}"
         for method in ("full", "bias", "ladder"):
-            predicted, counted = mlp(method, activation, N, B, D, r)
-            row |= {f"{method}_formula": predicted, f"{method}_counted": counted}
-            cell = f"{predicted:,} {'=' if predicted == counted else '≠'} {counted:,}"
-            line += f"{cell:>24}"
+            read, kept = mlp(method, name, N, B, D, r)
+            row |= {f"{method}_formula": read, f"{method}_counted": kept}
+            line += f"{read:>12,} {'=' if read == kept else '≠'} {kept:,}"
         rows.append(row)
         print(line)
-    t5_base = T5Config(**SIZES["t5-base"], attention="eager")
-    times = formula.layer_bytes(t5_base, 1, 128) / (4 * 128 * t5_base.d_model)
-    # Paper: a ladder's memory is 1/r of (|a| + |derivatives|). That leaves out the inputs of its
+    # Paper: a ladder's memory is 1/r of (|a| + |sigma'|). That leaves out the inputs of its
     # down-projections, which have the backbone's width.
+    layer = formula.layer_formula(T5Config(**SIZES["t5-base"], attention="eager"), B=1, S=128)
+    times = sum(row["bytes"] for row in layer) / (4 * 128 * SIZES["t5-base"]["d_model"])
     print(f"""
-Eq. 1 and 2 need {{a}} and the derivatives; training only biases needs the derivatives: "up to
-50 %" less. So it is for GELU. For ReLU and sigmoid autograd keeps one tensor for both, a_{{i+1}},
-and only the input is saved. A ladder needs 1/r of either, and also all the {{a}}: the gradients of
-its down-projections read them. In an MLP, which keeps little else, it saves little or nothing. But
-a Transformer layer keeps {times:.0f} times its output, and of these the ladder reads one.
-""")
+Training only biases reads no {{a}}: "up to 50 %" less. So it is for GELU. For
+ReLU and sigmoid autograd computes sigma' from a_{{i+1}}, and only the input is
+saved. A ladder needs 1/r of either, and also all the {{a}}: its down-projections
+read them. In an MLP, which keeps little else, it saves little or nothing. But a
+Transformer layer keeps {times:.1f} times its output, of which the ladder reads one.""")
     return rows
 
 
@@ -136,9 +156,10 @@ class Case:
     attention: str = "eager"
     checkpoint: bool = False
     dtype: str = "fp32"  # of a frozen backbone
-    as_authors: bool = False
     batch: tuple[int, int, int] = (100, 128, 2)  # B, S, T
     images: bool = False  # Table 3's CLIP-T5
+    conventions: tuple[str, ...] = ()  # of the environment of 2021
+    title: str = ""
 
     @property
     def name(self) -> str:
@@ -146,7 +167,7 @@ class Case:
 
     @property
     def label(self) -> str:
-        return f"{self.name}, {self.model[3:]}"
+        return self.title or f"{self.name}, {self.model[3:]}"
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -161,10 +182,7 @@ class Case:
     def check(self, on_cuda: bool = True) -> "Case":
         """ValueError where sizes do not go together: before the first row is counted."""
         c, N = self.config, self.config.num_layers
-        if c.d_model % self.r or c.d_kv % self.r or c.d_ff % self.r:
-            raise ValueError(f"--r {self.r} must divide d_model, d_kv and d_ff of {self.model}")
-        if len(set(self.layers)) < len(self.layers) or max(self.layers, default=0) >= N:
-            raise ValueError(f"--keep {self.layers} must name layers from 0 to {N - 1}, each once")
+        check_ladder(c, self.r, self.layers)
         if self.freeze >= 2 * N:
             raise ValueError(f"--freeze {self.freeze} must be below {2 * N}: something must train")
         if self.dtype == "bf16" and self.method == "full":
@@ -173,7 +191,7 @@ class Case:
             raise ValueError(f"--r {self.r}: fused heads are 4, 8, ... wide: use --attention eager")
         return self
 
-    def build(self, fast: bool = True) -> nn.Module:
+    def build(self) -> nn.Module:
         t5 = CLIPT5(self.config, channels=IMAGES[-1]) if self.images else T5(self.config)
         if self.dtype == "bf16":
             t5.to(torch.bfloat16)
@@ -182,8 +200,8 @@ class Case:
         if self.method == "lst":
             net = LadderT5(t5, self.r, self.layers or None)
         else:
-            net = methods.apply(t5, self.method, self.as_authors, self.freeze)
-        if fast:
+            net = methods.apply(t5, self.method, self.conventions == OF_TABLE_1, self.freeze)
+        if "mask" not in self.conventions:
             kernels.install(net)  # as train.py does
         return net
 
@@ -191,28 +209,25 @@ class Case:
         images, V = IMAGES if self.images else None, self.config.vocab_size
         return account.make_batch(B or self.batch[0], *self.batch[1:], V, images)
 
-    def account(self, conventions: Collection[str] = (), flops: bool = False,
-                measure: bool = False) -> dict:
-        """Return a row: the bytes of training, and of inference at batch 1."""
+    def account(self) -> dict:
+        """Return the bytes of training, and of inference at batch 1."""
         with torch.device("meta"):
-            net, batch = self.build(fast="mask" not in conventions), self.make_batch()
+            net, batch = self.build(), self.make_batch()
             trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
             counted = net if self.images else T5(self.config)  # Table 1's shares: of the backbone
             total = sum(p.numel() for p in counted.parameters())
-            step = account.training_step(net, batch, conventions)
-            more = {"flops": account.flops(net, batch)} if flops else {}
+            step = account.training_step(net, batch, self.conventions)
             if self.images and self.method == "lora":
                 methods.merge(net)  # Paper: Table 3's 0.86 is of merged weights, Table 1's is not
             inference = account.inference(net, self.make_batch(1))
-        if measure:
-            more["measured_peak"] = seconds.measure_cuda(self)
-        paper, paper_inference = PAPER.get(replace(self, as_authors=False), (None, None))
-        return {"method": self.method, "model": self.model, "label": self.label,
-                "dtype": self.dtype, "trainable_params": trained,
+        published = replace(self, conventions=(), title="")
+        paper, paper_inference = PAPER.get(published, (None, None))
+        return {"batch": self.batch[0], "length": self.batch[1], "r": self.r,
+                "keep": len(self.layers), "dtype": self.dtype, "trainable_params": trained,
                 "trainable_percent": 100 * trained / total, **step,
-                "peak_paper_gb": step["peak"] / GB, "paper_gb": paper,
-                "inference_peak_paper_gb": inference / GB, "paper_inference_gb": paper_inference,
-                **more}
+                "peak_paper_gb": step["peak"] / account.GB, "paper_gb": paper,
+                "inference_peak_paper_gb": inference / account.GB,
+                "paper_inference_gb": paper_inference}
 
 
 # Of Table 3's four tasks GQA has the largest step: batch 500, questions cut to 20 tokens, answers
@@ -228,51 +243,47 @@ PAPER = {  # GB of training and of inference in Tables 1 and 3
 }
 
 
-def show_table_1(args: argparse.Namespace, cases: list[Case]) -> dict:
-    """Table 1 or the chosen rows; without options also Section 3.1 and what makes our LST small."""
-    result, (B, S, T) = {}, args.batch
-    everything = args.story == "table_1" and args.keep is None and not any(
-        (args.model, args.method, args.freeze, args.checkpoint, args.device == "cuda"))
-    if everything:
-        result["section_3_1"] = show_section_3_1(r=args.r)
-        cases = cases + [replace(case, checkpoint=True) for case in cases
-                         if case.model == "t5-base" and case.method in ("full", "lora", "lst")]
-    rows = stories.count_all(cases, lambda case: case.account(
-        CONVENTIONS if args.as_published else (), flops=True, measure=args.device == "cuda"))
-    for case, row in zip(cases, rows):
-        if case.checkpoint and not args.checkpoint:
-            row["label"] = f"{case.name}, checkpointing"
-    step = f"batch {B}, source {S}, target {T}, {args.attention} attention"
-    stories.show_rows(args, f"Peak of a training step, {step}", rows)
-    if args.as_published:
-        print("conventions: 32,100 words; a GB is 1000 MiB; LoRA with the authors' biases; and",
-              *(f"  - {words}" for words in CONVENTIONS.values()), sep="\n")
-    if everything:
-        lora, lst, again, lst_again = (row for row in rows if row["method"] in ("lora", "lst")
-                                       and row["model"] == "t5-base")
-        print(f"With checkpointing LoRA needs {again['peak_paper_gb']:.2f}, LST "
-              f"{lst_again['peak_paper_gb']:.2f}. What remains is time: LoRA takes\n"
-              f"{lora['flops'] / lst['flops']:.1f} times LST's operations, and with checkpointing, "
-              "where the backbone runs forward\ntwice, "
-              f"{again['flops'] / lst_again['flops']:.1f} times.\n")
-        result["tricks"] = stories.tricks(Case("lst", r=args.r, batch=args.batch))
-    return {"rows": rows, **result}
+def show_table_1(args: argparse.Namespace, cases: Sequence[Case]) -> dict:
+    (B, S, T), attention = args.batch, f"{args.attention} attention"
+    title = f"Peak of a training step, batch {B}, source {S}, target {T}, {attention}"
+    return {"rows": stories.show_cases(args, title, cases)}
+
+
+def show_table_3(args: argparse.Namespace, cases: Sequence[Case]) -> dict:
+    """CLIP-T5: each row as published, and today with the options given."""
+    both, (B, S, T) = [], args.batch
+    for case in cases:
+        both += [replace(case, attention="eager", checkpoint=False, dtype="fp32",
+                         conventions=OF_TABLE_3), replace(case, title="  today")]
+    title = f"Table 3: batch {B}, source {S} and an image's 36 cells, target {T}"
+    rows = stories.show_cases(args, title, both)
+    return {"rows": [row | {"today": today} for row, today in zip(rows[0::2], rows[1::2])]}
+
+
+def show_everything(args: argparse.Namespace, cases: Sequence[Case]) -> dict:
+    """Section 3.1, Table 1 and three of its rows with checkpointing, what makes our LST small."""
+    again = [replace(case, checkpoint=True, title=f"{case.name}, checkpointing")
+             for case in map(Case, ("full", "lora", "lst"))]
+    return {"section_3_1": show_section_3_1(), **show_table_1(args, [*cases, *again]),
+            "tricks": stories.tricks(Case("lst"))}
 
 
 # --------------------------------------------------------------------------------- command line
 
-ROWS = "method source_length target_length r keep attention checkpoint dtype"
+SHAPE = "method source_length target_length r keep"
+ROWS = f"{SHAPE} attention checkpoint dtype"
 STORIES = {  # what to show, and the options that it reads; any other is refused
-    "as_published": (show_table_1, "table method plot"),
-    "explain": (stories.explain, "model batch_size source_length r attention"),
-    "sweep": (stories.sweep, f"{ROWS} model batch_size freeze as_authors plot"),
-    "fits": (stories.fits, f"{ROWS} model freeze as_authors"),
-    "time": (seconds.show, "model batch_size source_length target_length r keep attention rounds"),
-    "table_1": (show_table_1, f"{ROWS} model batch_size freeze as_authors device plot"),
-    "table_3": (stories.table_3, f"{ROWS} table batch_size device plot"),
+    "--explain": (formula.explain, "model batch_size source_length r attention"),
+    "--sweep": (stories.sweep, f"{ROWS} model batch_size freeze plot"),
+    "--fits": (stories.fits, f"{ROWS} model freeze"),
+    "--time": (stories.show_time, "model batch_size source_length target_length r keep attention"),
+    "--table 3": (show_table_3, f"{ROWS} table as_published batch_size device plot"),
+    "--as-published": (show_table_1, f"{SHAPE} as_published model batch_size freeze plot"),
+    "--table 1": (show_table_1, f"{ROWS} model batch_size freeze device plot"),
+    "no option": (show_everything, "plot"),
 }
-READERS = {"r": {"lst"}, "keep": {"lst"}, "as_authors": {"lora", "prompt"},
-           "freeze": {"full", "adapters", "lora", "bitfit"}}  # the other methods ignore these
+READERS = {"r": ["lst"], "keep": ["lst"],  # the other methods ignore these
+           "freeze": ["full", "adapters", "lora", "bitfit"]}
 
 
 def new_file(text: str) -> Path:
@@ -285,13 +296,13 @@ def new_file(text: str) -> Path:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__)
     story = parser.add_mutually_exclusive_group().add_argument
-    story("--as-published", action="store_true", help="Table 1 as in its environment")
+    story("--table", type=int, choices=(1, 3), default=1, help="table of the paper (default 1)")
     story("--explain", action="store_true", help="the tensors of one layer, and why they are kept")
     story("--sweep", choices=stories.SWEEPS, help="the peak over batch, source length, r or layers")
     story("--fits", type=positive, metavar="GB", help="largest batch on a card, GB of 2^30 bytes")
     story("--time", action="store_true", help="seconds of a step on this machine")
     add = parser.add_argument
-    add("--table", type=int, choices=(1, 3), default=1, help="table of the paper (default 1)")
+    add("--as-published", action="store_true", help="Table 1 as in its environment")
     add("--model", choices=SIZES, help="all methods at this size, in place of Table 1's rows")
     add("--method", choices=METHODS, help="only this method")
     add("--batch-size", type=positive, help="default: the paper's; 8 with --time")
@@ -304,48 +315,57 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--attention", choices=("eager", "fused"), default="eager", help="default: eager (paper)")
     add("--checkpoint", action="store_true", help="gradient checkpointing of every row")
     add("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the frozen backbone")
-    add("--as-authors", action="store_true", help="LoRA with biases, prompts from noise")
-    add("--device", choices=("meta", "cuda"), default="meta", help="cuda: measure steps too")
-    add("--rounds", type=positive, default=3, help="of --time, two timed steps each (default 3)")
+    add("--device", choices=("meta", "cuda"), default="meta", help="cuda: take steps of today, too")
     add("--json", type=new_file, help="also write what is returned to this file")
     add("--plot", type=new_file, help="also draw a table or a sweep, as SVG")
     args = parser.parse_args(argv)
 
-    table = f"table_{args.table}"
-    args.story = next((name for name in STORIES if getattr(args, name, None)), table)
-    swept = {"batch": "batch_size", "length": "source_length"}.get(args.sweep, args.sweep)
-    if swept in READERS:
-        args.method = args.method or "lst"
-    read = {args.story, "story", "sweep", "json", *STORIES[args.story][1].split()} - {swept}
-    for name, value in vars(args).items():
-        reads = name in read and args.method in {None, *READERS.get(name, METHODS)}
-        if value != parser.get_default(name) and not reads:
-            parser.error(f"--{name.replace('_', '-')} means nothing here: leave it out")
-    if args.method not in {None, *READERS.get(swept, METHODS)}:
-        parser.error(f"--sweep {args.sweep} is about the ladder: leave --method out")
-    if args.json and args.json == args.plot:
-        parser.error("--json and --plot name the same file")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch sees no CUDA device; without it no GPU is needed")
+    given = [name for name, value in vars(args).items() if value != parser.get_default(name)]
+    chosen = {"--explain": args.explain, "--sweep": args.sweep, "--fits": args.fits,
+              "--time": args.time, "--table 3": args.table == 3,
+              "--as-published": args.as_published, "--table 1": {*given} - {"json", "plot"}}
+    args.story = next((story for story, wanted in chosen.items() if wanted), "no option")
+    check(parser, args, given)
 
     B, S, T = TABLE_3["batch"] if args.table == 3 else (8 if args.time else 100, 128, 2)
     args.batch = args.batch_size or B, args.source_length or S, args.target_length or T
     args.r = args.r or (TABLE_3["r"] if args.table == 3 else 8)
     args.keep = () if args.time and args.keep is None else args.keep
-    args.as_authors = args.as_authors or args.as_published and args.table == 1
+    args.conventions = OF_TABLE_1 if args.story == "--as-published" else ()
     return args
+
+
+def check(parser: Parser, args: argparse.Namespace, given: Sequence[str]) -> None:
+    """Refuse an option that nobody reads: neither the story nor, for a ladder's, the method."""
+    swept = {"batch": "batch_size", "length": "source_length"}.get(args.sweep, args.sweep)
+    if swept in READERS:
+        args.method = args.method or "lst"
+    here = {args.story, *(f"--method {name}" for name in METHODS if args.method in (None, name))}
+    for name in given:
+        stories_of = {story for story, (_, options) in STORIES.items() if name in options.split()}
+        stories_of -= {"--sweep"} if name == swept else set()
+        methods_of = READERS.get(swept if name == "sweep" else name, METHODS)
+        for readers in (stories_of, {f"--method {method}" for method in methods_of}):
+            if readers and not readers & here:
+                parser.error(f"--{name.replace('_', '-')} means nothing here, only with "
+                             f"{' or '.join(sorted(readers))}: leave it out")
+    if args.json and args.json == args.plot:
+        parser.error("--json and --plot name the same file")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no CUDA device; without it no GPU is needed")
 
 
 def choose(args: argparse.Namespace) -> list[Case]:
     """Return the cases of the command line: a table's rows, or methods at one size."""
-    few = {"sweep": ("full", "lora", "lst"), "time": ("lst", "lora", "full"), "explain": ("lst",)}
+    few = {"--sweep": ("full", "lora", "lst"), "--time": ("lst", "lora", "full"),
+           "--explain": ("lst",)}
     if args.model or args.story in few:
         some = (args.method,) if args.method else few.get(args.story, METHODS)
         cases = [Case(method, args.model or "t5-base") for method in some]
     else:
         cases = [case for case in PAPER if case.images == (args.table == 3)
                  and args.method in (None, case.method)]
-    options = "batch", "r", "keep", "freeze", "attention", "checkpoint", "dtype", "as_authors"
+    options = "batch", "r", "keep", "freeze", "attention", "checkpoint", "dtype", "conventions"
     chosen = []
     for case in cases:
         given = {name: getattr(args, name) for name in options if getattr(args, name) is not None
@@ -355,9 +375,8 @@ def choose(args: argparse.Namespace) -> list[Case]:
 
 
 def run(args: argparse.Namespace) -> dict:
-    show = stories.table_3 if args.table == 3 else STORIES[args.story][0]
     try:
-        result = show(args, choose(args))
+        result = STORIES[args.story][0](args, choose(args))
     except RuntimeError as error:
         if "overflow" not in str(error):
             raise

@@ -31,11 +31,12 @@ def magnitude(t5: T5) -> dict[str, Tensor]:
 def fisher(t5: T5, batches: Iterable[tuple[Tensor, ...]], samples: int = 1024) -> dict[str, Tensor]:
     """Empirical Fisher information: (d loss / d W)^2 of each sample, summed (arXiv:2111.09839).
 
-    batches yield (source_ids, source_mask, decoder_ids, decoder_mask, labels, ...), padded. The
-    loss of a sample is the mean over its gold tokens, without dropout. The model stays as it was.
-    Memory: weights, float32 sums, a batch's activations, one sample's gradient of one matrix.
+    Of the matrices that are pruned, and of the embedding. batches yield (source_ids, source_mask,
+    decoder_ids, decoder_mask, labels, ...), padded. The model stays as it was, without dropout.
     """
-    sums = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in t5.named_parameters()}
+    names = [W for _, reads, writes in sublayers(t5) if reads for W in (*reads, writes)]
+    sums = {name: torch.zeros_like(t5.get_parameter(name), dtype=torch.float32)
+            for name in ["embed.weight", *names]}
     was_training, seen = t5.training, 0
     t5.eval()
     for batch in batches:

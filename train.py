@@ -31,11 +31,11 @@ from model import Tokenizer, load_t5, load_tokenizer
 from run import kernels, processes, report
 from run.folder import Run, load_trained, read_config, trainable
 from run.options import DTYPES, parse
-from run.predict import check_frozen, check_start, predict
+from run.predict import draw, predict
 from run.report import print0
-from run.settings import about, announce, conclude, identity, load_data, stopped
+from run.settings import announce, check_frozen, conclude, load_data, run_of
 from run.sweep import run_all
-from run.tasks import TASKS, Rows, average, batches, collate, epoch_steps, has_pictures, some
+from run.tasks import TASKS, Rows, average, batches, collate, has_pictures, some
 from side import LadderT5
 from vision.clip import load_clip
 from vision.features import Features, clip_features
@@ -64,9 +64,7 @@ def initialize(ladder: LadderT5, args: argparse.Namespace, rows: Rows) -> None:
         prune.init_side(ladder, importance, args.prune)
     elif args.init != "random":
         # Paper: always from the backbone. A side network trained on another task can help, too.
-        check_start(args)
         load_trained(args.init, ladder)
-        print0(f"the side network starts as it is in {args.init}")
 
 
 # -------------------------------------------------------------------------------------------- loop
@@ -123,7 +121,7 @@ def seed_everything(*numbers: int) -> None:
 def evaluate(model: nn.Module, tokenizer: Tokenizer, args: argparse.Namespace,
              parts: dict[str, list], features: Features | None = None) -> dict:
     """Generated answers -> the metrics of each task in percent. Each process answers its share."""
-    scores, was_training = {}, model.training
+    scores = {}
     model.eval()
     for name, examples in parts.items():
         task = TASKS[name]
@@ -137,7 +135,6 @@ def evaluate(model: nn.Module, tokenizer: Tokenizer, args: argparse.Namespace,
             print0(f"warning: every answer is {texts[0]!r}:\n"
                    f"it has learned nothing yet, or the learning rate {args.lr} is too high")
         scores[name] = task.score(texts, examples, args.prompts)
-    model.train(was_training)
     return average(scores)
 
 
@@ -147,7 +144,6 @@ def train(args: argparse.Namespace, out: Path) -> dict:
     """One run in the folder `out`, from its options to what its results.json holds."""
     began = time.time()
     seed_everything(args.seed)
-    torch.use_deterministic_algorithms(args.deterministic)
 
     # data: rows of a file -> text pairs -> token ids
     datasets, tokenizer = load_data(args), load_tokenizer(args.model)
@@ -163,7 +159,7 @@ def train(args: argparse.Namespace, out: Path) -> dict:
     # optimizer, and where the run begins
     optimizer = torch.optim.AdamW(trainable(model).values(), args.lr, (0.9, args.beta2),
                                   args.epsilon, args.weight_decay, fused=True)
-    run = Run(out, identity(args, datasets), about(args), args.resume, args.device, began)
+    run = run_of(args, out, datasets, began)
     if run.results:
         print0(f"the run in {out} has ended, nothing is left to do")
         return run.results
@@ -183,7 +179,9 @@ def train(args: argparse.Namespace, out: Path) -> dict:
             features.hidden = True
             results["test_hidden"] = evaluate(model, tokenizer, args, test, features)
     except (KeyboardInterrupt, FloatingPointError):
-        stopped(args, run)
+        kept = f"epoch {run.best['epoch']} is kept in {out}" if run.best else "no weights were kept"
+        print0(f"\nstopped after {run.step} of {args.steps} steps; {kept}\n"
+               f"to go on: the same command, with --resume --out {args.out}, without --overwrite")
         raise
     return conclude(args, model, run, results)
 
@@ -192,7 +190,7 @@ def fit(args: argparse.Namespace, run: Run, model: nn.Module, optimizer: torch.o
         tokenizer: Tokenizer, rows: Rows, val: dict[str, list], features: Features | None) -> None:
     """The plain loop, from where `run` stands to the last step."""
     parameters, replica = list(trainable(model).values()), processes.wrap(model)
-    epoch_length = epoch_steps(rows, args.batch_size)
+    epoch_length = len(batches(rows, args.batch_size, args.seed, 0))
     progress = report.Progress("step", args.steps, run.step)
     with report.stop_signals() as received:
         for epoch in range(run.epochs, math.ceil(args.steps / epoch_length)):
@@ -248,11 +246,13 @@ def load(folder: str | Path, device: str = "cpu", **moved: str) -> tuple[nn.Modu
 
 
 def main(argv: Sequence[str] | None = None) -> dict:
-    """Train, or --predict, as the command line says; return what results.json holds."""
+    """Train, --predict or --plot, as the command line says; return what results.json holds."""
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # Linux: huge pages make a CPU step faster
     args = parse(argv, __doc__)
     if args.predict is not None:
         return report.exit_cleanly(lambda: predict(args, load))
+    if args.plot:
+        return report.exit_cleanly(lambda: draw(args))
     return report.exit_cleanly(lambda: run_all(args, build, train))
 
 

@@ -32,7 +32,7 @@ import data  # noqa: E402
 import train  # noqa: E402
 from model import load_tokenizer  # noqa: E402
 from run import kernels, options, report, settings  # noqa: E402
-from run.arguments import Parser, positive  # noqa: E402
+from run.options import Parser, positive  # noqa: E402
 from run.folder import Run, trainable, write_json  # noqa: E402
 
 COMPUTATION = {

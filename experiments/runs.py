@@ -24,7 +24,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from run.arguments import Parser, numbers, positive  # noqa: E402
+from run.options import Parser, numbers, positive  # noqa: E402
 from run.folder import write_json  # noqa: E402
 from run.report import exit_cleanly  # noqa: E402
 

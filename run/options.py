@@ -10,15 +10,16 @@ import torch
 
 import data
 from methods import METHODS
-from model import NANO, PUBLIC
-from run.arguments import Parser, numbers, positive, whole
+from model import PUBLIC
 from run.tasks import TASKS, has_pictures
 from vision.clip import CLIP_PUBLIC
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 INITS = ("fisher", "magnitude", "random")
+NAMES = ("nano", "sample", *INITS)  # not folders, even where there is one
 READ_BY = {  # option -> the runs that read it; one that is not here is read by all that train
-    **dict.fromkeys(("out", "task", "model", "device", "predict"), {"training", "--predict"}),
+    **dict.fromkeys(("task", "model", "device", "predict"), {"training", "--predict"}),
+    "out": {"training", "--predict", "--plot"}, "plot": {"--plot"},
     **dict.fromkeys(("r", "keep", "init", "gates"), {"--method lst"}),
     "prune": {"--init fisher", "--init magnitude"}, "fisher_samples": {"--init fisher"},
     "freeze": {f"--method {method}" for method in METHODS},
@@ -27,26 +28,54 @@ READ_BY = {  # option -> the runs that read it; one that is not here is read by 
 }
 
 
+class Parser(argparse.ArgumentParser):
+    def __init__(self, description: str):
+        formatter = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=description, formatter_class=formatter)
+
+    def error(self, message: str):
+        self.exit(2, f"error: {message}; --help lists every option\n")
+
+
+def whole(text: str, least: int = 0) -> int:
+    if not (text.isascii() and text.isdecimal() and least <= int(text[:11]) <= 10**9):
+        raise argparse.ArgumentTypeError(f"{text[:20]!r} is no whole number from {least} to 10^9")
+    return int(text)
+
+
+def positive(text: str) -> int:
+    return whole(text, least=1)
+
+
+def numbers(text: str) -> list[int]:
+    """0,2,5: seeds, or 0-based layers; each once."""
+    found = [whole(part) for part in text.split(",")]
+    if len(set(found)) < len(found):
+        raise argparse.ArgumentTypeError(f"{text!r} names a number twice")
+    return found
+
+
 def path(text: str) -> str:
+    """A file or a folder, or a name that stands for one."""
     if not text:
         raise argparse.ArgumentTypeError("it is empty: name a folder, or leave it out")
-    return os.path.expanduser(text)
+    text = os.path.expanduser(text)
+    return os.path.realpath(text) if os.path.isdir(text) and text not in NAMES else text
 
 
 def runs_of(text: str) -> list[str]:
     """--task's text -> a run each: "vqa, gqa+coco" -> ["vqa", "gqa+coco"]."""
-    text = ",".join(data.TASKS) if text == "glue" else text.replace(" ", "")
-    runs = text.split(",")
-    each = [sorted(run.split("+")) for run in runs]
-    for names in each:
+    runs = (",".join(data.TASKS) if text == "glue" else text.replace(" ", "")).split(",")
+    for run in runs:
+        names = run.split("+")
         if unknown := sorted(set(names) - TASKS.keys()):
             raise argparse.ArgumentTypeError(f"{unknown[0][:20]!r} is no task; choose from "
                                              f"{', '.join(TASKS)}, or glue")
-        if len(set(names)) < len(names) or each.count(names) > 1:
-            raise argparse.ArgumentTypeError(f"{'+'.join(names)} is there twice")
+        if len(set(names)) < len(names) or runs.count(run) > 1:
+            raise argparse.ArgumentTypeError(f"{run} is there twice")
         if len(names) > 1 and not all(map(has_pictures, names)):
-            raise argparse.ArgumentTypeError(f"{'+'.join(names)}: only tasks about pictures are "
-                                             "learned together; a comma makes a run of each")
+            raise argparse.ArgumentTypeError(f"{run}: only tasks about pictures are learned "
+                                             "together; a comma makes a run of each")
     return runs
 
 
@@ -72,8 +101,7 @@ def parse(argv: Sequence[str] | None, description: str) -> argparse.Namespace:
     add = parser.add_argument_group("the other methods (Sec. 4)").add_argument
     add("--as-authors", action="store_true", help="the authors' reading of lora or prompt")
     add("--freeze", type=whole, default=0, help="lowest layers left alone, the encoder's first")
-    run = parser.add_argument_group("the run (it prints what it takes by default)")
-    add, either = run.add_argument, run.add_mutually_exclusive_group().add_argument
+    add = parser.add_argument_group("the run (it prints what it takes by default)").add_argument
     add("--epochs", type=positive, help="passes over the training rows")
     add("--max-steps", type=positive, help="stop after so many steps")
     add("--batch-size", type=positive, help="rows of a step, of all processes together")
@@ -81,14 +109,13 @@ def parse(argv: Sequence[str] | None, description: str) -> argparse.Namespace:
     add("--lr", type=float, help="peak learning rate")
     add("--warmup-steps", type=whole, help="steps in which the learning rate rises")
     add("--dropout", type=float, help="in what trains (default: the backbone's)")
-    either("--seed", type=whole, help="of order, dropout and random weights (default 0)")
-    either("--seeds", type=numbers, help="a run each, for mean and deviation: 0,1,2")
+    add("--seed", "--seeds", dest="seeds", type=numbers, default=[0], metavar="0,1,2",
+        help="of order, dropout and random weights (default 0); of several a run each")
     gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     gpus = ["cuda", *gpus] if gpus else []
     add("--device", default=[*gpus, "cpu"][0], choices=["cpu", *gpus], help="default: %(default)s")
     add("--dtype", default="fp32", choices=DTYPES, help="of the frozen backbone: fp32 or bf16")
     add("--checkpoint", action="store_true", help="less memory: backward computes layers again")
-    add("--deterministic", action="store_true", help="the same bits again, on CUDA too; slower")
     files = parser.add_argument_group("files")
     add, either = files.add_argument, files.add_mutually_exclusive_group().add_argument
     add("--out", type=path, help="the run's folder (default: a new runs/<task>-<method>-<number>)")
@@ -97,46 +124,46 @@ def parse(argv: Sequence[str] | None, description: str) -> argparse.Namespace:
     add("--save-steps", type=positive, default=200, help="how often to save (default %(default)s)")
     add("--predict", metavar="TEXT", help="ask the run in --out; for a task on pairs: \"A | B\"")
     add("--image", type=path, metavar="FILE", nargs="+", help="what --predict is about")
-    args = parser.parse_args(argv)
+    add("--plot", type=path, metavar="FILE.svg", help="draw the loss of the run in --out")
 
-    check(parser, args)
+    args = parser.parse_args(argv)
+    no_defaults = argparse.Namespace(**dict.fromkeys(vars(args)))
+    given = vars(parser.parse_args(argv, no_defaults)).items()
+    check(parser, args, [name for name, value in given if value is not None])
     args.command = shlex.join(["python", "train.py", *(sys.argv[1:] if argv is None else argv)])
-    args.seeds = args.seeds or [args.seed or 0]
-    for name in ("model", "clip"):  # without a name: nano, or with --predict what the run had
-        value = getattr(args, name)
-        if value is None and args.predict is None:
-            value = "nano"
-        elif value and value != "nano" and os.path.isdir(value):
-            value = os.path.realpath(value)
-        setattr(args, name, "nano" if value == str(NANO.resolve()) else value)
-    args.init = os.path.realpath(args.init) if args.init not in INITS else args.init
+    if args.predict is None:  # with --predict: what the run had
+        args.model, args.clip = args.model or "nano", args.clip or "nano"
     return args
 
 
-def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+def check(parser: Parser, args: argparse.Namespace, given: list[str]) -> None:
     """Refuse what does not go together, and an option that means nothing where it is given."""
-    if not args.task and args.predict is None:
-        parser.error(f"--task is missing: choose from {', '.join(TASKS)}")
-    if not args.out and (args.resume or args.predict is not None):
-        parser.error("--resume and --predict need --out, the folder of a run")
-    kinds = {"--predict"}
-    if args.predict is None:
+    training = args.predict is None and args.plot is None
+    wrong = {
+        f"--task is missing: choose from {', '.join(TASKS)}": training and not args.task,
+        "--resume, --predict and --plot need --out, the folder of a run":
+            not args.out and (args.resume or not training),
+        "--data sample is for sst2; for other tasks name a folder, or leave it out":
+            args.data == "sample" and args.task != ["sst2"],
+        f"--lr is {args.lr}, it must be a finite number above 0":
+            args.lr is not None and not 0 < args.lr < math.inf,
+        f"--dropout is {args.dropout}, it must be a number from 0 to below 1":
+            args.dropout is not None and not 0 <= args.dropout < 1,
+        "--dtype bf16 is for a frozen backbone, and --method full trains it: use fp32":
+            args.method == "full" and args.dtype == "bf16",
+        f"--init {args.init!r} is no folder; choose from {', '.join(INITS)}, or name a run's":
+            args.init not in INITS and not (args.resume or os.path.isdir(args.init)),
+    }
+    for line in wrong:
+        if wrong[line]:
+            parser.error(line)
+    kinds = {"--plot"} if args.predict is None else {"--predict"}
+    if training:
         kinds = {"training", f"--method {args.method}"}
         kinds |= {f"a task on {'pictures' if has_pictures(run) else 'texts'}" for run in args.task}
         kinds |= {f"--init {args.init}"} if args.method == "lst" else set()
-    for name, value in vars(args).items():
+    for name in given:
         readers = READ_BY.get(name, {"training"})
-        if value != parser.get_default(name) and not readers & kinds:
+        if not readers & kinds:
             parser.error(f"--{name.replace('_', '-')} means nothing here, only with "
                          f"{' or '.join(sorted(readers))}: leave it out")
-    if args.data == "sample" and args.task != ["sst2"]:
-        parser.error("--data sample is for sst2; for other tasks name a folder, or leave it out")
-    if args.lr is not None and not 0 < args.lr < math.inf:
-        parser.error(f"--lr is {args.lr}, it must be a finite number above 0")
-    if args.dropout is not None and not 0 <= args.dropout < 1:
-        parser.error(f"--dropout is {args.dropout}, it must be a number from 0 to below 1")
-    if args.method == "full" and args.dtype == "bf16":
-        parser.error("--dtype bf16 is for a frozen backbone, and --method full trains it: use fp32")
-    if args.init not in INITS and not (args.resume or os.path.isdir(args.init)):
-        parser.error(f"--init {args.init!r} is no folder; choose from {', '.join(INITS)}, or name "
-                     "the folder of a run")

@@ -1,7 +1,7 @@
 """Several processes, as torchrun starts them; in a single one each function here does nothing.
 
-Every process holds the frozen backbone and takes its share of each batch. DistributedDataParallel
-averages the gradients of what trains; the backbone has none and is never sent.
+Each holds the frozen backbone and takes a share of every batch. DistributedDataParallel averages
+the gradients of what trains.
 """
 import contextlib
 import os
@@ -19,7 +19,7 @@ def start(device: str) -> str:
     if local and device.startswith("cuda"):
         device = f"cuda:{local}"
         torch.cuda.set_device(device)
-    if local and not dist.is_initialized():
+    if local:
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     return device
 
@@ -34,13 +34,8 @@ def world_size() -> int:
 
 
 def wrap(model: nn.Module) -> nn.Module:
-    """The model whose backward averages gradients over all processes."""
-    if not dist.is_initialized():
-        return model
-    # torch has no public way to leave parameters out; without this it sends the whole backbone once
-    frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
-    return DistributedDataParallel(model, forward_sync_buffers=False)
+    """The model with the first process's weights, whose backward averages over all processes."""
+    return DistributedDataParallel(model) if dist.is_initialized() else model
 
 
 def no_sync(model: nn.Module) -> contextlib.AbstractContextManager:

@@ -3,7 +3,6 @@ import contextlib
 import platform
 import re
 import resource
-import shutil
 import signal
 import sys
 import time
@@ -31,16 +30,13 @@ class Progress:
         self.start, self.tenths = time.time(), 0
 
     def step(self, done: int, detail: str = "") -> None:
-        live = sys.stdout is not None and sys.stdout.isatty()  # the shell may have closed it
-        tenths = done * 10 // self.total
-        if rank() > 0 or not (live or tenths > self.tenths):
+        live, tenths = sys.stdout.isatty(), 10 * done // self.total
+        if rank() > 0 or not live and tenths == self.tenths:
             return
         self.tenths = tenths
         left = int((time.time() - self.start) / (done - self.begin) * (self.total - done))
         line = f"{self.title} {done}/{self.total}  {detail}  {left // 60}:{left % 60:02d} left"
-        if live:
-            width = shutil.get_terminal_size().columns - 1
-            line = f"\r{line[:width]:<{width}}"
+        line = f"\r{line:<79.79}" if live else line  # of 80 columns
         print(line, end="" if live and done < self.total else "\n", flush=True)
 
 
@@ -53,14 +49,15 @@ def scores(values: dict) -> str:
     return ", ".join(parts + ["correlation undefined, taken as 0"] * bool(values["undefined"]))
 
 
-def gates(ladder) -> str:
-    """One bar per rung: mu, the backbone's share of what the side block reads (Sec. 3.2)."""
-    lines = ["learned gates: each rung's mu, the share of the backbone (1/2 at the start)"]
+def gates(ladder) -> dict[str, list[float]]:
+    """Print one bar per rung: mu, the backbone's share of what the side block reads (Sec. 3.2)."""
+    print0("learned gates: each rung's mu, the share of the backbone (1/2 at the start)")
+    values = {}
     for name, stack in (("encoder", ladder.encoder), ("decoder", ladder.decoder)):
-        for i, block in zip(stack.keep, stack.blocks):
-            mu = block.rung.mu.item()
-            lines.append(f"  {name} layer {i:2d}  {'█' * round(30 * mu):░<30}  {mu:.2f}")
-    return "\n".join(lines)
+        values[name] = [block.rung.mu.item() for block in stack.blocks]
+        for i, mu in zip(stack.keep, values[name]):
+            print0(f"  {name} layer {i:2d}  {'█' * round(30 * mu):░<30}  {mu:.2f}")
+    return values
 
 
 def reset_peak(device: str) -> None:
@@ -75,11 +72,10 @@ def peak_memory(device: str) -> tuple[int, str]:
     """Return bytes, and what they are the peak of."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device), "CUDA's peak"
+    kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on a Mac
     with contextlib.suppress(OSError, IndexError):  # getrusage also counts what started the process
-        kib = Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]
-        return int(kib) * 1024, "the process's peak"
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "the process's peak"
+        kib = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+    return kib * (1 if sys.platform == "darwin" else 1024), "the process's peak"
 
 
 def versions() -> dict[str, str]:
@@ -90,40 +86,35 @@ def versions() -> dict[str, str]:
 def hardware(device: str) -> str:
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
-    name = platform.machine()
-    with contextlib.suppress(OSError, IndexError):
-        name = re.findall("model name\\s*: (.*)", Path("/proc/cpuinfo").read_text())[0]
-    return f"{torch.get_num_threads()} threads of {name}"
+    info = Path("/proc/cpuinfo")  # Linux
+    names = re.findall("model name\\s*: (.*)", info.read_text()) if info.exists() else []
+    return f"{torch.get_num_threads()} threads of {[*names, platform.machine()][0]}"
 
 
 def exit_cleanly(run: Callable[[], dict]) -> dict:
-    """Return run(), or end with a line and an exit code: bad input, a failing disk or too little
-    memory with 2, a loss that is not finite with 1, Ctrl-C with 130, SIGTERM with 143."""
+    """Return run(), or end with one line and an exit code: 2 for wrong input, a failing disk or too
+    little memory, 1 for a loss that is not finite, 130 for Ctrl-C, 143 for SIGTERM."""
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # not every terminal can show a bar
     try:
         with stop_signals(at_once=True):
             return run()
     except KeyboardInterrupt as stop:
-        line, code = "interrupted", 128 + (stop.args[0] if stop.args else signal.SIGINT)
-    except Exception as error:
-        line, code = f"error: {explain(error)}", 1 if isinstance(error, FloatingPointError) else 2
-    if world_size() > 1:
-        line = f"[process {rank()}] {line}"
-    print(line, file=sys.stderr)
+        line, code = "interrupted", 128 + (stop.args or [signal.SIGINT])[0]
+    except (ValueError, OSError) as error:
+        line, code = f"error: {error}", 2
+    except FloatingPointError as error:
+        line, code = f"error: {error}", 1
+    except (MemoryError, RuntimeError) as error:
+        if "MemoryError" in repr(error) or "allocate memory" in str(error):
+            line, code = "error: not enough memory: try a smaller --batch-size or --accumulate", 2
+        elif isinstance(error, DistError) or "gloo" in str(error):
+            line, code = "error: another process has ended; its own line says why", 2
+        else:
+            raise
+    line = f"[process {rank()}] " * (world_size() > 1) + " ".join(line.split())
+    print("".join(c if c.isprintable() else "?" for c in line), file=sys.stderr)
     raise SystemExit(code)
-
-
-def explain(error: Exception) -> str:
-    """Return what the user can do about it in one line. Another error is raised again: a bug."""
-    text = "".join(c if c.isprintable() else "?" for c in " ".join(str(error).split()))
-    if isinstance(error, (ValueError, OSError, FloatingPointError)):
-        return text
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
-        return "not enough memory: try a smaller --batch-size, or --accumulate for more passes"
-    if "gloo" in text or isinstance(error, DistError):
-        return "another process has ended; its own line says why"
-    raise error
 
 
 @contextlib.contextmanager
@@ -137,10 +128,7 @@ def stop_signals(at_once: bool = False) -> Iterator[list[int]]:
             raise KeyboardInterrupt(number)
         received.append(number)
 
-    before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)
-              if signal.getsignal(number) is not signal.SIG_IGN}  # of a job in the background
-    try:
+    with contextlib.ExitStack() as at_the_end:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            at_the_end.callback(signal.signal, number, signal.signal(number, receive))
         yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

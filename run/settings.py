@@ -1,75 +1,48 @@
-"""What a run is made with, Tables 5 and 6 above all, and what it tells at its start and end."""
+"""What a run is made with, and what it tells at its start and end."""
 import argparse
 import math
+from collections.abc import Collection
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from data import Dataset, banner
-from model import T5, T5Config, load_tokenizer, locate
-from run import processes, report
-from run.folder import Run, trainable
+from methods.defaults import ANY, DEFAULTS
+from model import T5, T5Config, load_tokenizer, locate, weight_files
+from run import report
+from run.folder import Run, read_config, trainable
+from run.hub import sha256_of
 from run.options import INITS
-from run.predict import check_start, hashes
+from run.processes import first, world_size
 from run.report import print0
-from run.tasks import TASKS, Rows, epoch_steps, has_pictures
-
-ANY = "any"
-DEFAULTS = (  # Tables 5 and 6, and the authors' code. Of the lines that fit a run the last counts
-    # data       model   method    (warmup_steps None: a tenth of all; epochs: the task's own)
-    ("texts",    ANY,    ANY,      dict(lr=3e-4, batch_size=100, warmup_steps=500, r=8)),
-    ("texts",    ANY,    ANY,      dict(weight_decay=0.0, epsilon=1e-8, beta2=0.999, max_norm=1.)),
-    ("texts",    ANY,    "prompt", dict(lr=3e-1)),
-    ("texts",    ANY,    "lst",    dict(lr=3e-3)),
-    ("pictures", ANY,    ANY,      dict(lr=3e-4, batch_size=300, warmup_steps=None, r=4)),
-    ("pictures", ANY,    ANY,      dict(weight_decay=0.01, epsilon=1e-6, beta2=0.999, max_norm=5.)),
-    ("pictures", ANY,    "bitfit", dict(lr=3e-3)),
-    ("pictures", ANY,    "prompt", dict(lr=3e-3)),
-    ("pictures", ANY,    "lst",    dict(lr=3e-3, weight_decay=0.03)),
-    ("gqa",      ANY,    ANY,      dict(batch_size=500)),
-    ("nlvr2",    ANY,    ANY,      dict(batch_size=100)),
-    ("coco",     ANY,    ANY,      dict(batch_size=250)),
-    ("joint",    ANY,    ANY,      dict(batch_size=300)),
-    # Paper: the rest is ours, so that a run beside the bundled backbone is done in minutes. With
-    # BitFit's 3e-4 biases learn nothing in SST-2's 664 steps.
-    ("texts",    "nano", ANY,      dict(warmup_steps=60)),
-    ("texts",    "nano", "bitfit", dict(lr=1e-2)),
-    ("large",    "nano", ANY,      dict(epochs=1)),
-    ("sample",   ANY,    ANY,      dict(epochs=5, warmup_steps=None)),
-    ("pictures", "nano", ANY,      dict(batch_size=32, epochs=3, dropout=0.0)),
-    # Paper: 3e-3, 1e-6 and 0.999. With them this small side network ignores the pictures: after
-    # early gradients 100 times as large, its queries' are about 1e-7, below that epsilon.
-    ("pictures", "nano", "lst",    dict(batch_size=16, lr=5e-4, epsilon=1e-8, beta2=0.99)),
-    ("easy-vqa", "nano", "lst",    dict(epochs=4)),
-    ("nlvr2",    "nano", "lst",    dict(epochs=6)),
-    ("vqa",      "nano", "lst",    dict(epochs=14)),
-    ("gqa",      "nano", "lst",    dict(epochs=14)),
-)
+from run.tasks import TASKS, batches, has_pictures
+from vision.clip import clip_files
 
 
-def fill_defaults(args: argparse.Namespace, rows: Rows, sample: bool) -> None:
-    """Fill in what the command line left open, for a run on these training rows."""
-    names = args.task.split("+")
-    fits = {ANY, args.model, args.method, *names}
+def fill_defaults(args: argparse.Namespace, datasets: dict[str, Dataset]) -> None:
+    """Fill in what the command line left open, for a run on these data."""
+    rows = {name: dataset.train for name, dataset in datasets.items()}
+    fits = {ANY, args.model, args.method, *rows}
     fits |= {"pictures" if has_pictures(args.task) else "texts"}
-    fits |= {"joint"} if len(names) > 1 else set()
+    fits |= {"joint"} if len(rows) > 1 else set()
     fits |= {"large"} if sum(map(len, rows.values())) > 30_000 else set()
-    fits |= {"sample"} if sample else set()
-    settings = {"epochs": TASKS[names[0]].epochs}
+    fits |= {dataset.name for dataset in datasets.values()}
+    settings = {"epochs": TASKS[next(iter(rows))].epochs}
     for *line, values in DEFAULTS:
         settings |= values if fits >= set(line) else {}
     for name, value in settings.items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
-    per_epoch = epoch_steps(rows, args.batch_size)
+    per_epoch = len(batches(rows, args.batch_size, seed=0, epoch=0))
     args.steps = min(args.max_steps or math.inf, args.epochs * per_epoch)
     args.epochs = math.ceil(args.steps / per_epoch)
     if args.warmup_steps is None:
         args.warmup_steps = args.steps // 10
 
 
-def check_ladder(config: T5Config, r: int, keep: list[int] | None) -> None:
+def check_ladder(config: T5Config, r: int, keep: Collection[int] | None) -> None:
     """ValueError if a ladder of this shape does not fit beside such a backbone."""
     good = [n for n in range(1, config.d_kv + 1)
             if not (config.d_model % n or config.d_kv % n or config.d_ff % n)]
@@ -77,7 +50,7 @@ def check_ladder(config: T5Config, r: int, keep: list[int] | None) -> None:
         raise ValueError(f"r is {r}, but it must divide d_model, d_kv and d_ff: choose from {good}")
     layers = range(min(config.num_layers, config.num_decoder_layers))
     if keep and not set(keep) <= set(layers):
-        raise ValueError(f"keep is {keep}, but the backbone's layers are 0 to {layers[-1]}")
+        raise ValueError(f"keep is {[*keep]}, but the backbone's layers are 0 to {layers[-1]}")
 
 
 def load_data(args: argparse.Namespace) -> dict[str, Dataset]:
@@ -90,73 +63,83 @@ def load_data(args: argparse.Namespace) -> dict[str, Dataset]:
     for name in args.task.split("+"):
         dataset = TASKS[name].load(args.data, args.prompts)
         datasets[name] = replace(dataset, train=dataset.train[: args.max_train_rows])
-    fill_defaults(args, {name: dataset.train for name, dataset in datasets.items()},
-                  sample=dataset.name == "bundled-sample")
+    fill_defaults(args, datasets)
     if args.method == "lst":
         check_ladder(config, args.r, args.keep)
         if args.init not in INITS and not args.resume:
-            check_start(args)
+            start = check_frozen(args.init, args)
+            if (start["r"], start["keep"]) != (args.r, args.keep):
+                raise ValueError(f"the side network in {args.init} has --r {start['r']} --keep "
+                                 f"{start['keep'] or 'all'}: it does not fit, give the same")
     return datasets
 
 
-def identity(args: argparse.Namespace, datasets: dict[str, Dataset]) -> dict:
-    """What a resume must repeat: the options, the files' bytes, the number of processes."""
+def hashes(args: argparse.Namespace) -> dict[str, str]:
+    """sha256 of a run's frozen networks: of its backbone, with pictures also of its image tower."""
+    files = [locate(args.model, name) for name in ("config.json", "spiece.model")]
+    found = {"backbone_sha256": sha256_of(*files, *weight_files(args.model))}
+    if has_pictures(args.task):
+        found["clip_sha256"] = sha256_of(*clip_files(args.clip))
+    return found
+
+
+def check_frozen(folder: str | Path, args: argparse.Namespace) -> dict:
+    """The config of the run in this folder. ValueError: not the frozen networks of args."""
+    config = read_config(folder)
+    if changed := [name for name, found in hashes(args).items() if found != config.get(name)]:
+        raise ValueError(f"backbone {args.model} or image tower {args.clip} is not the one of "
+                         f"{folder}: another {' and '.join(changed)}")
+    return config
+
+
+def run_of(args: argparse.Namespace, out: Path, datasets: dict[str, Dataset],
+           began: float) -> Run:
+    """The run in this folder, with the config that a resume must repeat."""
     free = ("out", "overwrite", "resume", "predict", "image", "save_steps", "seeds", "command")
     config = {name: value for name, value in vars(args).items() if name not in free}
     data_sha256 = "+".join(dataset.sha256 for dataset in datasets.values())
-    if processes.first(lambda: data_sha256) != data_sha256:  # one may have had no network
+    if first(lambda: data_sha256) != data_sha256:  # one may have had no network
         raise ValueError("the processes read different data; give --data a folder that all see")
-    config |= {"device": args.device.partition(":")[0], "processes": processes.world_size()}
-    return config | hashes(args) | {"data_sha256": data_sha256}
-
-
-def about(args: argparse.Namespace) -> dict:
-    """What a resume may change: the command, the versions, the machine."""
-    return {"command": args.command, "versions": report.versions(),
-            "hardware": report.hardware(args.device)}
+    config |= {"device": args.device.partition(":")[0], "processes": world_size()}
+    config |= hashes(args) | {"data_sha256": data_sha256}
+    about = {"command": args.command, "versions": report.versions(),
+             "hardware": report.hardware(args.device)}
+    return Run(out, config, about, args.resume, args.device, began)
 
 
 def announce(args: argparse.Namespace, model: nn.Module, datasets: dict[str, Dataset]) -> dict:
     """Print what a run is; return it as the first part of the results."""
-    each = list(datasets.values())
+    each, whole = list(datasets.values()), model  # Table 3's share is of all
+    if not has_pictures(args.task):
+        with torch.device("meta"):  # Table 1's, of the backbone before the method added to it
+            whole = T5(getattr(model, "backbone", model).config)
+    trained, total = (sum(p.numel() for p in parameters)
+                      for parameters in (trainable(model).values(), whole.parameters()))
+    results = {"task": args.task, "model": args.model, "method": args.method,
+               "data": "+".join({dataset.name: 0 for dataset in each}), "seed": args.seed,
+               "trainable_params": trained, "total_params": total,
+               "trainable_percent": 100 * trained / total, "fallback": each[0].fallback,
+               "skipped_rows": sum(dataset.skipped for dataset in each)}
+    rows = {part: sum(len(getattr(dataset, part)) for dataset in each)
+            for part in ("train", "val", "test")}
     if each[0].fallback:
         print0(banner(each[0].fallback))
-    trained = sum(p.numel() for p in trainable(model).values())
-    total, whole = sum(p.numel() for p in model.parameters()), "all"  # Table 3's share
-    if not has_pictures(args.task):
-        with torch.device("meta"):  # the backbone as it was before the method added to it
-            backbone = T5(getattr(model, "backbone", model).config)
-        total, whole = sum(p.numel() for p in backbone.parameters()), "the backbone's"
-    percent = 100 * trained / total
-    print0(f"{args.method} on {args.model}: {trained:,} parameters train, {percent:.3f} % of "
-           f"{whole} {total:,}")
-    name, skipped = "+".join({d.name: 0 for d in each}), sum(d.skipped for d in each)
-    rows = [sum(len(getattr(d, part)) for d in each) for part in ("train", "val", "test")]
-    print0(f"{args.task} ({name}): {rows[0]:,} training, {rows[1]:,} validation, {rows[2]:,} test "
-           "rows" + f", {skipped} skipped" * (skipped > 0))
+    print0(f"{args.method} on {args.model}: {trained:,} parameters train, "
+           f"{results['trainable_percent']:.3f} % of {total:,}\n"
+           f"{args.task} ({results['data']}): {rows['train']:,} training, {rows['val']:,} "
+           f"validation, {rows['test']:,} test rows"
+           + f", {results['skipped_rows']} skipped" * (results["skipped_rows"] > 0))
     print0(f"{args.epochs} epoch{'s' * (args.epochs > 1)}, {args.steps} steps of {args.batch_size} "
-           f"rows, peak learning rate {args.lr:g} after {args.warmup_steps} steps")
-    several = f", {processes.world_size()} processes" if processes.world_size() > 1 else ""
-    print0(f"seed {args.seed}, {report.hardware(args.device)}{several}")
-    return {"task": args.task, "model": args.model, "method": args.method, "data": name,
-            "seed": args.seed, "trainable_params": trained, "total_params": total,
-            "trainable_percent": percent, "fallback": each[0].fallback, "skipped_rows": skipped}
-
-
-def stopped(args: argparse.Namespace, run: Run) -> None:
-    """Print how far a run has come that was interrupted, and what is kept of it."""
-    kept = f"epoch {run.best['epoch']} is kept in {run.out}" if run.best else "no weights were kept"
-    print0(f"\nstopped after {run.step} of {args.steps} steps; {kept}\n"
-           f"to go on: the same command, with --resume --out {args.out}, without --overwrite")
+           f"rows, peak learning rate {args.lr:g} after {args.warmup_steps} steps\n"
+           f"seed {args.seed}, {report.hardware(args.device)}"
+           + f", {world_size()} processes" * (world_size() > 1))
+    return results
 
 
 def conclude(args: argparse.Namespace, model: nn.Module, run: Run, results: dict) -> dict:
     """Print what came out, and write it."""
     if args.method == "lst":
-        blocks = {name: getattr(model, name).blocks for name in ("encoder", "decoder")}
-        results["gates"] = {name: [block.rung.mu.item() for block in of_stack]
-                            for name, of_stack in blocks.items()}
-        print0(report.gates(model))
+        results["gates"] = report.gates(model)
     print0(f"test {report.scores(results['test'])}  (epoch {run.best['epoch']}, the best on "
            "validation)")
     if "test_hidden" in results:

@@ -1,5 +1,4 @@
 """The tasks by name, and what it takes to learn several at once, as the CLIP-T5 of Table 3 does."""
-import math
 from collections.abc import Iterator
 
 import torch
@@ -18,21 +17,13 @@ def has_pictures(names: str) -> bool:
     return TASKS[names.partition("+")[0]].pictures > 0
 
 
-def batch_size(task: str, size: int, joint: bool) -> int:
-    """Rows of a step of this task: `size`, or among several tasks its share, where VQA's is 1."""
-    return max(1, round(size * TASKS[task].share)) if joint else size
-
-
-def epoch_steps(rows: Rows, size: int) -> int:
-    """Steps in which every row of every task comes once."""
-    return sum(math.ceil(len(of_task) / batch_size(task, size, len(rows) > 1))
-               for task, of_task in rows.items())
-
-
 def batches(rows: Rows, size: int, seed: int, epoch: int) -> list[tuple[str, list]]:
-    """An epoch's steps: each of one task, with its rows."""
-    each = {task: data.batches(of_task, batch_size(task, size, len(rows) > 1), seed, epoch)
-            for task, of_task in rows.items()}
+    """An epoch's steps: each of one task, with `size` of its rows; of several tasks with its share,
+    where VQA's is 1. Every row comes once."""
+    each = {}
+    for task, of_task in rows.items():
+        share = TASKS[task].share if len(rows) > 1 else 1
+        each[task] = data.batches(of_task, max(1, round(size * share)), seed, epoch)
     return [(task, [rows[task][i] for i in indices])
             for task, indices in vision.tasks.multitask(each, epoch)]
 

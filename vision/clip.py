@@ -13,16 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model import read_weights, weight_files
-from run.hub import hub_file, sha256_of
+from run.hub import hub_file
 
 CLIP_PUBLIC = {  # name: repository, revision, weights, their sha256
     "clip-rn101": ("timm/resnet101_clip.openai", "main", "open_clip_model.safetensors", None),
     "clip-vit-base-patch32": (
         "openai/clip-vit-base-patch32", "eaee4c876b93e66f7fac584b529025a96d71ad66",
         "model.safetensors", "99d28a652e6ec46629ab7047a0ac82c69b1fe11e0ce672c43af65d3a9a3fc05d"),
-    "clip-vit-large-patch14": (
-        "openai/clip-vit-large-patch14", "32bd64288804d66eefd0ccbe215aa642df71cc41",
-        "model.safetensors", "a2bf730a0c7debf160f7a6b50b3aaf3703e7e88ac73de7a314903141db026dcb"),
 }
 NANO_CLIP = Path(__file__).parent.parent / "assets" / "nano_clip"  # bundled with this repository
 
@@ -42,9 +39,8 @@ class Bottleneck(nn.Module):
         self.conv2, self.bn2 = conv_norm(width, width, 3)
         self.conv3, self.bn3 = conv_norm(width, 4 * width, 1)
         self.pool = nn.AvgPool2d(stride) if stride > 1 else nn.Identity()
-        self.downsample = nn.Identity()
-        if inputs != 4 * width:
-            self.downsample = nn.Sequential(*conv_norm(inputs, 4 * width, 1))
+        projection = conv_norm(inputs, 4 * width, 1) if inputs != 4 * width else ()
+        self.downsample = nn.Sequential(*projection)  # an empty one is the identity
 
     def forward(self, x: Tensor) -> Tensor:
         h = F.relu(self.bn1(self.conv1(x)))
@@ -55,9 +51,7 @@ class Bottleneck(nn.Module):
 
 class ModifiedResNet(nn.Module):
     """CLIP's ResNet up to its last grid. The defaults are RN101's, the modules' names the public.
-
-    images (B, 3, h, w), h and w multiples of 32 -> (B, P, C), P = h / 32 * w / 32, C = 32 width
-    """
+    images (B, 3, h, w), h and w multiples of 32 -> (B, P, C), P = h / 32 * w / 32, C = 32 width"""
 
     def __init__(self, image_size: int = 224, width: int = 64, layers=(3, 4, 23, 3)):
         super().__init__()
@@ -104,11 +98,9 @@ class ViTBlock(nn.Module):
 
 
 class ViT(nn.Module):
-    """CLIP's vision transformer. images (B, 3, image_size, image_size) -> (B, P, C)
-
-    CLIP's last norm, trained for the class token only, is left out, as by the authors' script.
-    Arguments and defaults (ViT-B/32's) are those of transformers' config.json.
-    """
+    """CLIP's vision transformer. images (B, 3, image_size, image_size) -> (B, P, C). Without CLIP's
+    last norm, trained for the class token only, as by the authors' script. Arguments and defaults
+    (ViT-B/32's) are those of transformers' config.json."""
 
     def __init__(self, image_size=224, patch_size=32, hidden_size=768, num_hidden_layers=12,
                  num_attention_heads=12, intermediate_size=3072, hidden_act="quick_gelu",
@@ -159,11 +151,6 @@ def clip_files(model: str | Path) -> list[Path]:
     return [hub_file(repo, weights, revision, sha256), config]
 
 
-def sha256_of_clip(model: str | Path) -> str:
-    """Return one hash over the weights and the json."""
-    return sha256_of(*clip_files(model))
-
-
 def empty_tower(raw: dict) -> ModifiedResNet | ViT:
     """Build the tower that a json of transformers or of open_clip describes."""
     if "model_cfg" not in raw:
@@ -197,10 +184,8 @@ def renamed(weights: dict[str, Tensor], names: dict[str, str]) -> dict[str, Tens
 
 def load_clip(model: str | Path, device: str | torch.device = "cpu") -> ModifiedResNet | ViT:
     """Return a frozen image tower in eval mode: "nano", a public name, or what open_clip or
-    transformers saved in a folder, a whole CLIP or its image tower only.
-
-    ValueError: an unknown name, a damaged file, keys that do not fit.
-    """
+    transformers saved in a folder, a whole CLIP or its image tower only. ValueError: an unknown
+    name, a damaged file, keys that do not fit."""
     *files, config = clip_files(model)
     weights = read_weights(files)
     try:
@@ -209,6 +194,5 @@ def load_clip(model: str | Path, device: str | torch.device = "cpu") -> Modified
         state = renamed(weights, NAMES if isinstance(tower, ViT) else {})
         tower.load_state_dict(state, assign=True)
     except Exception as error:  # of many kinds: the json is not there, no JSON, of something else
-        error = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise ValueError(f"{model} holds no CLIP that fits {config.name} ({error})") from None
+        raise ValueError(f"{model}: no CLIP that fits {config.name} ({error!r:.300})") from None
     return tower.float().requires_grad_(False).eval().to(device)

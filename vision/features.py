@@ -5,7 +5,6 @@
 
     B batch   N images of an example   P positions of an image   C channels   H, W height and width
 """
-import json
 import os
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -21,9 +20,10 @@ from torch import Tensor
 
 from data import Dataset
 from run.folder import lock, read_tensors, write_tensors
+from run.hub import sha256_of
 from run.report import Progress
 from vision import scenes
-from vision.clip import load_clip, sha256_of_clip
+from vision.clip import clip_files, load_clip
 
 CACHE = Path(os.path.expanduser("~/.cache/ladder-side-tuning/features"))
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's
@@ -34,23 +34,28 @@ SHARD = 32  # pictures that CLIP sees at once, and that a file of features has
 
 def find_images(folder: str | Path, keys: Iterable[str]) -> dict[str, Path]:
     """Return {key: <key>.jpg, .png, ... below the folder}. ValueError: one of `keys` is missing."""
-    folder, keys = os.path.expanduser(folder), set(keys)
     paths = (Path(folder, name) for name in iglob("**", root_dir=folder, recursive=True))
     found = {path.stem: path for path in paths if path.suffix.lower() in ENDINGS}
-    missing = sorted(keys - found.keys())
+    missing = sorted(set(keys) - found.keys())
     if missing:
-        raise ValueError(f"{len(missing)} of {len(keys)} pictures are not below {folder}, among "
-                         f"them {missing[0]}.jpg (or {', '.join(ENDINGS[1:])}); put them there")
+        raise ValueError(f"{len(missing)} pictures are not below {folder}, among them "
+                         f"{missing[0]}.jpg (or {', '.join(ENDINGS[1:])}); put them there")
     return found
 
 
 def read_image(path: str | Path) -> Tensor:
-    """Return a picture, uint8 (H, W, 3), without EXIF's rotation. ValueError: it is unreadable."""
+    """Return a picture, uint8 (H, W, 3), without EXIF's rotation. What an alpha channel, a palette
+    or a key makes transparent (no key of 16-bit colour) is white. ValueError: it is unreadable."""
     try:
         from PIL import Image
         with Image.open(path, formats=FORMATS) as image:
+            key, depth = image.info.get("transparency"), image.tile and image.tile[0].args
+            if key and depth in ("L;2", "L;4"):  # Pillow scales the greys to 8 bits, not the key
+                image.info["transparency"] = key * (85 if depth == "L;2" else 17)
             if image.mode.startswith("I"):  # 16 bits of grey, which convert() would cut at 255
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+                grey = np.asarray(image)
+                image = Image.fromarray((grey >> 8).astype(np.uint8))
+                image.putalpha(Image.fromarray(grey != key))
             # Paper: CLIP's preprocessing drops alpha, and so shows what lies under it.
             white = Image.new("RGBA", image.size, "white")
             image = Image.alpha_composite(white, image.convert("RGBA"))
@@ -82,49 +87,38 @@ class Features:
     """What CLIP saw in each picture, on disk, as fp16: RN101's of COCO's 123,287 take 18 GB."""
 
     def __init__(self):
-        self.where: dict[str, tuple[Path, int]] = {}  # key -> file, row
+        self.paths: dict[str, Path] = {}  # key -> the file that has its (P, C)
         self.hidden = False  # then CLIP sees nothing: every feature is 0
 
-    def add(self, path: Path) -> None:
-        """Add a whole file. ValueError if a byte is not as it was written."""
-        keys = json.loads(read_tensors(path)[1]["keys"])
-        self.where |= {key: (path, i) for i, key in enumerate(keys)}
+    def fill(self, folder: Path, keys: Iterable[str], see: Callable[[list[str]], Tensor]) -> None:
+        """Add a folder's pictures. see(keys) -> (B, P, C) is called for those that it lacks."""
+        with lock(folder):
+            for path in folder.glob("shard-*.safetensors"):
+                with suppress(ValueError):  # a damaged file: its pictures are missing
+                    self.paths |= dict.fromkeys(read_tensors(path)[0], path)
+            missing = [key for key in keys if key not in self.paths]
+            progress = Progress("CLIP sees pictures", len(missing))
+            for i in range(0, len(missing), SHARD):
+                shard = missing[i:i + SHARD]
+                path = folder / f"shard-{shard[0]}.safetensors"  # no whole file has this picture
+                write_tensors(path, dict(zip(shard, see(shard).half())), {})
+                self.paths |= dict.fromkeys(shard, path)
+                progress.step(i + len(shard))
 
     def lookup(self, images: Sequence[tuple[str, ...]]) -> Tensor:
         """Return float (B, N, P, C) for the keys of a batch's pictures, N for each row."""
-        rows = []
-        for path, i in (self.where[key] for keys in images for key in keys):
-            with safe_open(path, framework="pt") as file:  # left open, it would count as memory
-                rows.append(file.get_slice("features")[i])
-        seen = torch.stack(rows).float().unflatten(0, (len(images), -1))  # (B, N, P, C)
+        seen = []
+        for key in (key for keys in images for key in keys):
+            with safe_open(self.paths[key], framework="pt") as file:  # closed: it counts as memory
+                seen.append(file.get_tensor(key))
+        seen = torch.stack(seen).float().unflatten(0, (len(images), -1))  # (B, N, P, C)
         return torch.zeros_like(seen) if self.hidden else seen
-
-
-def features(clip: Callable[[Tensor], Tensor], read: Callable[[str], Tensor], keys: Iterable[str],
-             folder: Path, size: int = 224, device: str = "cpu") -> Features:
-    """Run CLIP over the pictures whose features are not in the folder yet; return all features.
-    clip: (B, 3, size, size) -> (B, P, C), on `device`; read: key -> uint8 (H, W, 3)"""
-    found = Features()
-    with lock(folder):
-        for path in folder.glob("shard-*.safetensors"):
-            with suppress(ValueError):  # a damaged file: its pictures are missing
-                found.add(path)
-        missing = [key for key in dict.fromkeys(keys) if key not in found.where]
-        progress = Progress("CLIP sees pictures", len(missing))
-        for i in range(0, len(missing), SHARD):
-            shard = missing[i:i + SHARD]
-            seen = pool(clip(preprocess(map(read, shard), size).to(device)))  # (B, P, C)
-            path = folder / f"shard-{shard[0]}.safetensors"  # no other whole file has this picture
-            write_tensors(path, {"features": seen.half()}, {"keys": json.dumps(shard)})
-            found.add(path)
-            progress.step(i + len(shard))
-    return found
 
 
 def clip_features(datasets: dict[str, Dataset], clip: str, device: str) -> Features:
     """Return what CLIP sees in all pictures of the tasks, kept in a folder per CLIP and data set. A
     picture that is replaced under its name is not seen again."""
-    tower, clip_sha256, found = load_clip(clip, device), sha256_of_clip(clip), Features()
+    tower, clip_sha256, found = load_clip(clip, device), sha256_of(*clip_files(clip)), Features()
     for dataset in datasets.values():
         rows = dataset.train + dataset.val + dataset.test
         keys = sorted({key for example in rows for key in example.images})
@@ -134,6 +128,7 @@ def clip_features(datasets: dict[str, Dataset], clip: str, device: str) -> Featu
         else:
             origin, paths = Path(dataset.folder).resolve(), find_images(dataset.folder, keys)
             read = lambda key: read_image(paths[key])
+        see = lambda some: pool(tower(preprocess(map(read, some), tower.image_size).to(device)))
         folder = CACHE / sha256(f"{clip_sha256} {origin}".encode()).hexdigest()[:16]
-        found.where |= features(tower, read, keys, folder, tower.image_size, device).where
+        found.fill(folder, keys, see)
     return found

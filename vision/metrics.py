@@ -31,21 +31,14 @@ CONTRACTIONS = {  # each form that lacks exactly one apostrophe -> the full form
 
 
 def vqa_accuracy(answer: str, ten_answers: list[str]) -> float:
-    """Return an answer's accuracy, 0 to 1: min(1, matches / 3), averaged over leaving one out.
-
-    Antol et al. (arXiv 1505.00468, Sec. 3), as the official code was before March 2021 and as VL-T5
-    has it: the ten lose only their punctuation, and only where they differ.
-    """
+    """Return an answer's accuracy, 0 to 1: min(1, matches / 3), averaged over leaving one out
+    (arXiv 1505.00468, Sec. 3), as the official code was before March 2021 and as VL-T5 has it: the
+    ten lose only their punctuation, and only where they differ."""
     answer = normalize_answer(answer)
     if len(set(ten_answers)) > 1:
         ten_answers = [_drop_punctuation(given) for given in ten_answers]
     matches = [given == answer for given in ten_answers]
     return sum(min(1, (sum(matches) - match) / 3) for match in matches) / 10
-
-
-def vqa_soft_labels(counts: dict[str, int]) -> dict[str, float]:
-    """Return each answer's training weight, the accuracy that it earns."""
-    return {answer: min(10, 3 * n) / 10 for answer, n in counts.items()}
 
 
 def normalize_answer(answer: str) -> str:
@@ -64,7 +57,7 @@ def _drop_punctuation(text: str) -> str:
     return re.sub(r"\.(?!\d)", "", spaced, count=32)  # the official code passes re.UNICODE as count
 
 
-MARKS = dict.fromkeys("“”‘‛«»‹›‒–—―…‽\u200b", " ") | {  # they part words, as " and -- do
+MARKS = dict.fromkeys("“”‘‛«»‹›‒–—―…‥‽‼⁇⁈⁉", " ") | {  # they part words, as " and -- do
     "£": "#", "€": "$", "¢": " cents ", "¼": " 1/4 ", "½": " 1/2 ", "¾": " 3/4 ", "\xad": ""}
 CLITIC = r"(?:n['’]t|['’](?:[sdm]|ll|re|ve))\b"
 TOKEN = re.compile(rf"""
@@ -72,22 +65,27 @@ TOKEN = re.compile(rf"""
     | \w\. (?:\w\.)+ (?!\w)                            # p.m.
     | \w+ (?: (?:[-‐‑'’./]|(?<=\d)[,:](?=\d)) \w+ )*   # t-shirt, o'clock, 1,000, 10:30
     | [!?]{{2,}}                                       # what?!
-    | [^\w\s.,:;?!'’"`‐‑\U00010000-\U0010FFFF-]        # & $ ( but no emoji
+    | [^\w\s.,:;?!'’"`‐‑〈-〟\u200b-\u200f\ufe00-\ufeff\U00010000-\U0010FFFF-]  # & $ ( but no emoji
     """, re.VERBOSE)
 
 
 def tokenize_caption(text: str) -> list[str]:
-    """Return lower-case words: "A man's t-shirt, isn't it?" -> a man 's t-shirt is n't it.
-
-    The COCO evaluation's Java tokenizer also keeps the period of "mr.", and splits "cannot".
-    """
+    """Return lower-case words: "A man's t-shirt, isn't it?" -> a man 's t-shirt is n't it. The COCO
+    evaluation's Java tokenizer also keeps the period of "mr.", and splits "cannot"."""
     text = text.lower().translate(str.maketrans(MARKS))
     return TOKEN.findall(re.sub(CLITIC, lambda found: " " + found[0].replace("’", "'"), text))
 
 
+def ngrams(caption: str) -> list[Counter]:
+    """Count the caption's 1-, 2-, 3- and 4-grams."""
+    words = tokenize_caption(caption)
+    return [Counter(zip(*(words[i:] for i in range(n)))) for n in (1, 2, 3, 4)]
+
+
 def cider_d(hypotheses: list[str], references: list[list[str]]) -> float:
     """Return CIDEr-D, 0 to 10, of one caption per image, mean over images (arXiv 1411.5726)."""
-    hypotheses, references = _count_captions(hypotheses, references)
+    hypotheses = [ngrams(caption) for caption in hypotheses]
+    references = [[ngrams(caption) for caption in captions] for captions in references]
     images_with = Counter()  # each n-gram's document frequency: one image scores 0
     for captions in references:
         images_with.update({gram for caption in captions for grams in caption for gram in grams})
@@ -106,14 +104,14 @@ def cider_d(hypotheses: list[str], references: list[list[str]]) -> float:
         return 10 * math.exp(-longer ** 2 / (2 * 6 ** 2)) * sum(cosines) / 4
 
     return float(np.mean([np.mean([similarity(hypothesis, reference) for reference in captions])
-                          for hypothesis, captions in zip(hypotheses, references)]))
+                          for hypothesis, captions in zip(hypotheses, references, strict=True)]))
 
 
 def bleu(hypotheses: list[str], references: list[list[str]]) -> list[float]:
     """Return [BLEU-1, ..., BLEU-4] of the corpus, each 0 to 1 (Papineni et al. 2002, Sec. 2.3)."""
-    hypotheses, references = _count_captions(hypotheses, references)
     matched, total, closest = np.zeros(4), np.zeros(4), 0
-    for hypothesis, captions in zip(hypotheses, references):
+    for hypothesis, captions in zip(map(ngrams, hypotheses), references, strict=True):
+        captions = [ngrams(caption) for caption in captions]
         most = [reduce(or_, grams) for grams in zip(*captions)]  # each n-gram's largest count
         matched += [(x & y).total() for x, y in zip(hypothesis, most)]
         total += [x.total() for x in hypothesis]
@@ -123,14 +121,3 @@ def bleu(hypotheses: list[str], references: list[list[str]]) -> list[float]:
     precisions = (matched + 1e-15) / (total + 1e-9)
     brevity = min(1.0, math.exp(1 - (closest + 1e-9) / (total[0] + 1e-15)))
     return (brevity * np.cumprod(precisions) ** (1 / np.arange(1, 5))).tolist()
-
-
-def _count_captions(hypotheses: list[str], references: list[list[str]]) -> tuple[list, list]:
-    """Turn each caption into four Counters, of its 1-, 2-, 3- and 4-grams."""
-    assert len(hypotheses) == len(references), f"{len(hypotheses)} != {len(references)}"
-
-    def count(caption: str) -> list[Counter]:
-        words = tokenize_caption(caption)
-        return [Counter(zip(*(words[i:] for i in range(n)))) for n in (1, 2, 3, 4)]
-
-    return [count(h) for h in hypotheses], [[count(r) for r in captions] for captions in references]

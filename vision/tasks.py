@@ -17,7 +17,7 @@ from data import DATA_SEED, Batch, Dataset, Row, refuse_many
 from model import EOS, PAD
 from run.hub import sha256_of
 from vision import scenes
-from vision.metrics import bleu, cider_d, vqa_accuracy, vqa_soft_labels
+from vision.metrics import bleu, cider_d, vqa_accuracy
 
 MAX_NEW_TOKENS = 20  # of a generated answer
 KARPATHY = {"train": 0, "restval": 0, "val": 1, "test": 2}  # his split of COCO's pictures
@@ -41,7 +41,7 @@ class Task:
     """What the tasks share. `make` of each turns a row of a file into (part, examples)."""
     name = title = prompt = ""      # title: of its column in a table
     files, folders = (), ()         # also looked for in these folders below --data
-    inside, data = None, None       # key of the rows in a JSON file; the data set's name
+    inside = None                   # key of the rows in a JSON file
     max_source = max_target = None  # tokens with the end token, at which texts are cut
     share = 1                       # rows of a step over those of VQA's, among several tasks
     pictures, epochs, num_beams = 1, 20, 1  # Table 6: 20 epochs
@@ -52,15 +52,17 @@ class Task:
             return self.from_scenes()
         folder = Path(folder).expanduser()
         homes = [folder, *(folder / name for name in self.folders)]
-        home = next((home for home in homes if (home / self.files[0]).is_file()), folder)
-        missing = [name for name in self.files if not (home / name).is_file()]
+        paths = [next(filter(Path.is_file, (home / name for home in homes)), folder / name)
+                 for name in self.files]
+        missing = [path.name for path in paths if not path.is_file()]
         if missing:
-            raise ValueError(f"{self.name} needs {' and '.join(missing)} in {home}")
-        name, parts, skipped, paths = self.read([home / name for name in self.files])
+            raise ValueError(f"{self.name} needs {' and '.join(missing)} in {folder}")
+        parts, skipped = self.read(paths)
         if not all(parts):
-            raise ValueError(f"{home} has no rows of {self.name} to train, validate or test")
-        folder = home if (home / "images").is_dir() else folder  # where its pictures are
-        return Dataset(*parts, name, folder, sha256_of(*paths), skipped, fallback=None)
+            raise ValueError(f"{folder} has no rows of {self.name} to train, validate or test")
+        if (paths[0].parent / "images").is_dir():  # easy-VQA's train and test name them alike
+            folder = paths[0].parent
+        return Dataset(*parts, self.name, folder, sha256_of(*paths), skipped, fallback=None)
 
     def from_scenes(self) -> Dataset:
         parts = [[example for row in scenes.examples(self.name, name)
@@ -70,7 +72,7 @@ class Task:
         return Dataset(*parts, "scenes", path.parent, sha256_of(path), 0, fallback=None)
 
     def read(self, paths: list[Path], make: Callable | None = None) -> tuple:
-        """Return the data set's name, (train, val, test), how many rows are skipped, the files."""
+        """Return (train, val, test), and how many malformed rows are skipped."""
         parts, skipped = ([], [], []), 0
         for number, path in enumerate(paths):
             rows, bad = self.rows(path), []
@@ -82,7 +84,7 @@ class Task:
                     bad.append((count, f"{error!r:.100}"))
             refuse_many(path, bad, len(rows), "row")
             skipped += len(bad)
-        return self.data or self.name, parts, skipped, paths
+        return parts, skipped
 
     def rows(self, path: Path, inside: str | None = None) -> list:
         """Return the rows of a JSON file, or of its part `inside`."""
@@ -106,9 +108,9 @@ class Task:
         def ids(text: str, most: int | None) -> list[int]:
             return tokenizer.encode(text)[: most and most - 1] + [EOS]
 
-        return [Question(ids(source, self.max_source),
-                         tuple((ids(text, self.max_target), answers[text]) for text in answers),
-                         images) for source, answers, images, _ in examples]
+        return [Question(ids(source, self.max_source), tuple(
+            (ids(text, self.max_target), weight) for text, weight in answers.items()), images)
+            for source, answers, images, _ in examples]
 
     def draw(self, rows: Sequence[Question], seed: int, step: int) -> list[Row]:
         """Draw an answer of each question by its weight, which also weighs its loss; none: 0."""
@@ -145,51 +147,35 @@ def text_of(value) -> str:
     return value
 
 
-def by_image(examples: list[Example], train: float, val: float) -> tuple:
-    """Split by picture: these shares of them, the rest to test; the same for every seed."""
-    images = sorted({example.images for example in examples})
-    generator = torch.Generator().manual_seed(DATA_SEED)
-    order = torch.randperm(len(images), generator=generator).tolist()
-    ends = round(train * len(images)), round((train + val) * len(images))
-    part_of = {images[i]: sum(place >= end for end in ends) for place, i in enumerate(order)}
-    return tuple([one for one in examples if part_of[one.images] == part] for part in range(3))
-
-
 class VQA(Task):
-    """VQA v2. Beside dataset_coco.json it is split as there, as in the paper. Otherwise val2014 is
-    halved by picture: scores near the paper's, but not comparable."""
-    name, title, prompt, folders, inside = "vqa", "VQA", "vqa: ", ("vqa",), "questions"
+    """VQA v2, split by Karpathy's dataset_coco.json. An answer weighs what it would score."""
+    name, title, prompt, folders, inside = "vqa", "VQA", "vqa: ", ("vqa", "COCO"), "questions"
     files = ("v2_OpenEnded_mscoco_train2014_questions.json", "v2_mscoco_train2014_annotations.json",
-             "v2_OpenEnded_mscoco_val2014_questions.json", "v2_mscoco_val2014_annotations.json")
+             "v2_OpenEnded_mscoco_val2014_questions.json", "v2_mscoco_val2014_annotations.json",
+             "dataset_coco.json")
     max_source, max_target = 20, 10
 
     def read(self, paths):
-        ten = {}
-        for path in paths[1::2]:
+        (coco, _), ten = TASKS["coco"].read(paths[4:]), {}
+        part_of = {one.images: part for part, examples in enumerate(coco) for one in examples}
+        for path in (paths[1], paths[3]):
             for row in self.rows(path, "annotations"):
                 with suppress(*MALFORMED):  # then its question counts as malformed
                     given = tuple(sys.intern(answer["answer"]) for answer in row["answers"])
                     ten[row["question_id"]] = given
 
-        def make(row, part):
-            images = (f"COCO_{('train2014', 'val2014')[part]}_{row['image_id']:012d}",)
+        def make(row, number):
+            images = (f"COCO_{('train2014', 'val2014')[number]}_{row['image_id']:012d}",)
             given = ten[row["question_id"]]
-            weights = vqa_soft_labels(Counter(answer for answer in given if answer))
-            example = Example(self.prompt + text_of(row["question"]), weights, images, given)
-            return part_of[images] if part_of else part, [example]
+            weights = {text: min(10, 3 * n) / 10 for text, n in Counter(given).items() if text}
+            source = self.prompt + text_of(row["question"])
+            return part_of[images], [Example(source, weights, images, given)]
 
-        karpathy = [path for path in [paths[0].with_name("dataset_coco.json")] if path.is_file()]
-        coco = TASKS["coco"].read(karpathy)[1]
-        part_of = {one.images: part for part, examples in enumerate(coco) for one in examples}
-        _, parts, skipped, _ = super().read(paths[::2], make)
-        if karpathy:
-            return "vqa-karpathy", parts, skipped, paths + karpathy
-        return "vqa-halved", (parts[0], *by_image(parts[1], 0, 0.5)[1:]), skipped, paths
+        return super().read([paths[0], paths[2]], make)
 
 
 class GQA(Task):
     """GQA's balanced questions, {id: {"question", "answer", "imageId"}}."""
-
     # Paper: the authors' prompt is "gpa: ", a slip of the pen; the side network learns either.
     # Paper: they train on train and val and watch testdev; ours chooses the epoch by val.
     name, title, prompt, folders = "gqa", "GQA", "gqa: ", ("GQA", "questions1.2")
@@ -227,7 +213,7 @@ class NLVR2(Task):
 class COCO(Task):
     """Karpathy's dataset_coco.json."""
     name, title, prompt, folders = "coco", "COCO", "caption:", ("COCO",)
-    files, inside, data = ("dataset_coco.json",), "images", "coco-karpathy"
+    files, inside = ("dataset_coco.json",), "images"
     max_target, share, num_beams = 40, 50 / 60, 5
 
     def make(self, row, part):
@@ -237,24 +223,27 @@ class COCO(Task):
 
     def score(self, texts, examples, prompts="paper"):
         """Return CIDEr-D, times 100 as in Table 3, and BLEU-4."""
-        references = [list(example.references) for example in examples]
+        references = [example.references for example in examples]
         cider, bleu4 = 100 * cider_d(texts, references), 100 * bleu(texts, references)[3]
         return {"cider": cider, "bleu4": bleu4, "score": cider, "invalid": 0, "undefined": 0}
 
 
 class EasyVQA(Task):
     """Rows [question, answer, picture's number]; a tenth of the pictures validates, one tests."""
-    name, title, prompt, folders = "easy-vqa", "easy-VQA", "vqa: ", ("easy_vqa", "train")
-    files = ("questions.json",)
-    max_source, max_target = 20, 10
+    name, title, prompt, folders = "easy-vqa", "easy-VQA", "vqa: ", ("train",)
+    files, max_source, max_target = ("questions.json",), 20, 10
 
     def make(self, row, part):
         question, answer, number = row
         return part, self.examples(question, answer, (f"{number:d}",), part)
 
     def read(self, paths):
-        name, parts, *more = super().read(paths)
-        return name, by_image(parts[0], 0.8, 0.1), *more
+        (examples, *_), skipped = super().read(paths)
+        images = sorted({example.images for example in examples})
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(DATA_SEED))
+        ends = round(0.8 * len(images)), round(0.9 * len(images))
+        parts = [{images[i] for i in part} for part in order.tensor_split(ends)]
+        return [[one for one in examples if one.images in part] for part in parts], skipped
 
 
 TASKS = {task.name: task for task in (VQA(), GQA(), NLVR2(), COCO(), EasyVQA())}

@@ -1,8 +1,9 @@
-"""Draws assets/pictures.svg: the first test scenes, and what trained runs answer about them.
+"""Draws assets/pictures.svg: test scenes, and what trained runs answer about them.
 
-    python assets/make/draw_answers.py runs/vqa-lst-0 runs/vqa-lst-0 runs/{nlvr2,coco}-lst-0
+    cd runs; python ../assets/make/draw_answers.py vqa-lst-0@{7,11} nlvr2-lst-0@3 coco-lst-0@11
 
-A panel for each run: the first about the first scene, the second about the second, and so on.
+A panel for each run@number; the number says which of the test set's scenes (of NLVR2's two pairs)
+is shown, from 0.
 """
 import sys
 import textwrap
@@ -16,7 +17,7 @@ sys.path.insert(0, str(ROOT))
 
 import data  # noqa: E402
 import train  # noqa: E402
-from run.arguments import Parser  # noqa: E402
+from run.options import Parser  # noqa: E402
 from run.folder import read_config  # noqa: E402
 from run.report import exit_cleanly  # noqa: E402
 from vision import scenes  # noqa: E402
@@ -92,10 +93,12 @@ def panel(folder: str, number: int, x: float) -> tuple[str, float]:
 
 def main() -> None:
     parser = Parser(__doc__)
-    parser.add_argument("folders", nargs="+", help="runs on drawn scenes, one task each")
+    parser.add_argument("folders", nargs="+", help="run@number: a run on drawn scenes")
     parser.add_argument("--out", type=Path, default=ROOT / "assets" / "pictures.svg")
     args = parser.parse_args()
-    panels = [panel(folder, i, 10 + i * (WIDTH + 30)) for i, folder in enumerate(args.folders)]
+    panels = []
+    for i, (folder, _, number) in enumerate(name.rpartition("@") for name in args.folders):
+        panels.append(panel(folder, int(number), 10 + i * (WIDTH + 30)))
     width, height = len(panels) * (WIDTH + 30) - 10, max(y for _, y in panels) + 14
     args.out.write_text("\n".join([
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height:.0f}" '

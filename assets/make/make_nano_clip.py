@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
 from model import Tokenizer, load_tokenizer  # noqa: E402
-from run.arguments import Parser, positive  # noqa: E402
+from run.options import Parser, positive  # noqa: E402
 from run.report import Progress, exit_cleanly, hardware  # noqa: E402
 from vision import scenes  # noqa: E402
 from vision.clip import ModifiedResNet  # noqa: E402

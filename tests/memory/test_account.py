@@ -1,6 +1,4 @@
 """The count: formula and autograd agree to the byte, and what adds up to the peak was alive."""
-import contextlib
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,9 +6,11 @@ from torch import nn
 
 import methods
 import model
-from memory import account, formula, published
+from memory import account, formula
 from memory.account import Live, inference, loss_of, make_batch, saved_bytes, training_step
-from memory.published import CONVENTIONS, CONVENTIONS_3
+from memory.environment import (CONVENTIONS, OF_TABLE_1, OF_TABLE_3, environment,
+                                loss_with_caches)
+from memory.stories import KINDS
 from model import CLIPT5, T5, T5Config
 from run import kernels
 from side import LadderT5, SideBlock, side_config
@@ -19,7 +19,6 @@ V, N = 97, 2
 SIZES = dict(vocab_size=V, d_model=24, d_kv=16, d_ff=80, num_layers=N, num_heads=3)  # H * K = 48
 SIDE = dict(r=4)  # d = 6, K = 4, d_ff = 20
 IMAGES = 2, 9, 10  # N, P, C: two images of 3 x 3 cells
-KINDS = "weights", "gradients", "optimizer", "saved_activations", "temporary"
 slow = pytest.mark.slow
 each_attention = pytest.mark.parametrize("attention", ["eager", "fused"])
 each_method = pytest.mark.parametrize("method", ["full", "lst", *(
@@ -62,7 +61,7 @@ def held(run, parameters):
         return tensor
 
     hooks = torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor)
-    with hooks, account.kernels_of_cuda():
+    with hooks, environment():
         output = run()
     assert output.requires_grad  # and holds the graph until here
     return list(seen.values())
@@ -94,8 +93,8 @@ def test_each_row_of_a_layers_formula_is_one_tensor_that_autograd_holds(attentio
     for sizes in ((config, B, S), (side_config(config, 4), B, S, config.d_model)):
         layer, inputs = formula.build_layer(*sizes)
         seen = [size for _, _, size in held(lambda: layer(*inputs), layer.parameters())]
-        assert sum(seen) == formula.layer_bytes(*sizes)
         rows = [row["bytes"] for row in formula.layer_formula(*sizes)]
+        assert sum(seen) == sum(rows)
         if attention == "fused":  # the random state is a seed and an offset
             rows.remove(16)
             rows += [8, 8]
@@ -104,8 +103,8 @@ def test_each_row_of_a_layers_formula_is_one_tensor_that_autograd_holds(attentio
 
 def test_a_t5_layer_keeps_what_the_known_sum_says():  # d_ff = 4 d_model; 8 S B for the two norms
     B, S, D, H = 5, 33, 512, 8
-    known = 54 * S * B * D + 8 * H * S**2 * B + 8 * S * B
-    assert formula.layer_bytes(T5Config(attention="eager"), B, S) == known
+    rows = formula.layer_formula(T5Config(attention="eager"), B, S)
+    assert sum(row["bytes"] for row in rows) == 54 * S * B * D + 8 * H * S**2 * B + 8 * S * B
 
 
 @pytest.mark.parametrize("attention, images", [("eager", None), ("fused", None), ("eager", IMAGES)])
@@ -142,17 +141,19 @@ def test_live_counts_a_new_storage_once_sees_it_die_and_rounds_up_as_cuda_does()
         few, more = torch.zeros(1), torch.zeros(129)
         views = [few.view(1, 1), few.t(), few[0], few.detach(), few.add_(1)]
         found = [live.alive[account.storage_of(tensor)] for tensor in (more, known, views[0])]
-        assert found == [(1, 1024), (-1, 0), (0, 512)]
+        assert [storage.bytes for storage in found] == [1024, 0, 512]
         del few
         assert len(live.alive) == 3  # its views hold it
         del views
         assert len(live.alive) == 2
-    assert live.diary == [(0, 512), (1, 1024), (0, -512)]
+        for _ in range(2):
+            torch.zeros(1)  # dies at once
+    assert live.most == sum(storage.bytes for storage in live.at_peak) == 512 + 1024
 
 
 @each_method
 @pytest.mark.parametrize("conventions, images", [
-    ((), None), (CONVENTIONS, None), (CONVENTIONS_3, IMAGES)], ids=["today", "Table 1", "Table 3"])
+    ((), None), (OF_TABLE_1, None), (OF_TABLE_3, IMAGES)], ids=["today", "Table 1", "Table 3"])
 def test_the_kinds_sum_to_a_peak_that_holds_all_of_them(method, conventions, images):
     found, net = step(method, conventions=conventions, images=images), build(method, images)
     trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
@@ -211,12 +212,11 @@ def test_of_the_frozen_backbone_only_layer_outputs_are_kept(attention):  # Sec. 
     assert of_width_D == (N + 1) * 24 * B * (S + T)
 
 
-@pytest.mark.parametrize("fails", [False, True])
 @pytest.mark.parametrize("count", [
-    training_step, lambda net, batch: training_step(net, batch, [*CONVENTIONS, *CONVENTIONS_3]),
-    inference, account.flops, lambda net, batch: saved_bytes(lambda: loss_of(net, batch))],
-    ids=["step", "2021", "inference", "flops", "saved"])
-def test_a_count_leaves_torch_and_the_model_as_they_were(count, fails):
+    training_step, lambda net, batch: training_step(net, batch, CONVENTIONS), inference,
+    lambda net, batch: saved_bytes(lambda: loss_of(net, batch), [])],
+    ids=["step", "2021", "inference", "saved"])
+def test_a_count_that_fails_leaves_torch_and_the_modules_as_they_were(count):
     def patched():
         return (F.scaled_dot_product_attention, F.rms_norm, F.dropout, F.gelu, torch.softmax,
                 model.RMSNorm.forward, model.FeedForward.forward, SideBlock.forward)
@@ -225,38 +225,40 @@ def test_a_count_leaves_torch_and_the_model_as_they_were(count, fails):
         raise ArithmeticError
 
     before, net = patched(), build("lst")
-    if fails:
-        net.forward = net.start = broken
-    with pytest.raises(ArithmeticError) if fails else contextlib.nullcontext():
+    net.forward = net.start = broken
+    with pytest.raises(ArithmeticError):
         count(net, make_batch(2, 5, 3, V))
     assert before == patched()
-    assert all(p.grad is None for p in net.parameters())
 
 
 @pytest.mark.parametrize("method", ["full", "adapters", "lst"])
-def test_the_conventions_change_bytes_and_not_the_loss(method):  # beside images `rung` would
+def test_the_environments_change_bytes_and_not_the_gradients(method):  # beside images `rung` would
     with torch.device("cpu"):
         torch.manual_seed(0)
         net, batch = build(method, fast=False).eval(), make_batch(2, 5, 3, V)
-        expected = loss_of(net, batch)
-        with published.of_2021([*CONVENTIONS, *CONVENTIONS_3]):
-            torch.testing.assert_close(published.loss_with_caches(net, batch), expected)
+        loss_of(net, batch).backward()
+        expected = {name: p.grad for name, p in net.named_parameters()}
+        for loss, conventions in ((loss_of, ()), (loss_with_caches, CONVENTIONS)):
+            net.zero_grad()
+            with environment(conventions):
+                loss(net, batch).backward()
+            found = {name: p.grad for name, p in net.named_parameters()}
+            torch.testing.assert_close(found, expected)
 
 
 def test_the_operations_of_a_toy_are_the_hand_counted_ones():
     B, T, V, D, width = 2, 7, 11, 3, 5
     batch, products = make_batch(B, 1, T, V), (2 * B * T * D * width, 2 * B * T * width * V)
     toy = Toy()  # forward, and in backward the gradients of weight and input
-    assert account.flops(toy, batch) == 3 * sum(products)
+    assert training_step(toy, batch)["flops"] == 3 * sum(products)
     toy.embed.requires_grad_(False)  # nobody asks for the first input's gradient
-    assert account.flops(toy, batch) == 3 * sum(products) - products[0]
+    assert training_step(toy, batch)["flops"] == 3 * sum(products) - products[0]
 
 
 @slow
 def test_checkpointing_costs_lora_a_second_forward_pass_and_the_ladder_a_small_one():
-    sizes = dict(d_model=128, d_ff=512, d_kv=32, attention="fused")
-    batch = make_batch(4, 64, 2, V)
+    sizes = dict(B=4, S=64, T=2, d_model=128, d_ff=512, d_kv=32, attention="fused")
     lora, lora_again, ladder, ladder_again = (
-        account.flops(build(method, checkpoint=checkpoint, **sizes), batch)
+        step(method, checkpoint=checkpoint, **sizes)["flops"]
         for method in ("lora", "lst") for checkpoint in (False, True))
     assert 1.3 < lora_again / lora < 1.7 and 1 < ladder_again / ladder < 1.3 and ladder < lora

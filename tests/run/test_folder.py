@@ -257,7 +257,6 @@ def test_a_run_that_has_ended_is_left_as_it_is(tmp_path):
     results, before = toy(tmp_path / "run"), contents(tmp_path / "run")
     assert " ".join(map(str, before)) == (
         "config.json metrics.jsonl results.json trained.safetensors")
-    write(tmp_path / "run" / "state.safetensors", "killed before it was removed")
     assert toy(tmp_path / "run") == results and contents(tmp_path / "run") == before
 
 
@@ -353,15 +352,14 @@ def test_results_say_where_they_come_from(learned):
         assert "threads" in held["hardware"]
     assert len(config["data_sha256"]) == len(config["backbone_sha256"]) == 64
     assert results["config"].items() <= config.items()
-    assert config["seconds"] == results["seconds"] > 0
-    assert config["peak_memory_bytes"] == results["peak_memory_bytes"] > 2**20
+    assert results["seconds"] > 0 and results["peak_memory_bytes"] > 2**20
 
 
 def test_weights_without_state_or_results_are_not_thrown_away_by_resume(argv, tmp_path, capsys):
     train.main(argv("--max-steps", 1))
     (tmp_path / "run" / "results.json").unlink()
     before = contents(tmp_path / "run")
-    refused(capsys, argv("--max-steps", 1, "--resume"), "results.json are gone", "--overwrite")
+    refused(capsys, argv("--max-steps", 1, "--resume"), "nor results.json", "--overwrite")
     assert contents(tmp_path / "run") == before
     (tmp_path / "file").touch()
     refused(capsys, argv("--out", tmp_path / "file"), "file cannot be a folder here")

@@ -25,7 +25,7 @@ def test_several_tasks_and_seeds_make_a_table_and_equal_single_runs(argv, tmp_pa
     assert task["deviation"] == pytest.approx(abs(task["scores"][0] - task["scores"][1]) / 2)
     means = [task["mean"] for task in results["tasks"].values()]
     assert results["average"] == pytest.approx(sum(means) / 2)
-    drawn = (out / "results.md").read_text()
+    drawn = table(results["runs"])
     assert drawn in said and drawn.index("CoLA") < drawn.index("SST-2")
     assert f"{task['mean']:.2f} ± {task['deviation']:.2f}" in drawn
     assert json.loads((out / "results.json").read_text()) == results
@@ -35,18 +35,17 @@ def test_several_tasks_and_seeds_make_a_table_and_equal_single_runs(argv, tmp_pa
     assert all(torch.equal(single[name], among[name]) for name in single)
 
 
-def test_the_table_has_the_papers_columns():
+def test_the_table_has_the_papers_order():
     runs = [{"task": task, "seed": seed, "test": {"score": score}, "method": "lst", "model": "nano",
              "trainable_percent": 1.74, "peak_memory_bytes": memory}
             for task, seed, score, memory in (("rte", 0, 50.0, 2**20), ("rte", 1, 60.0, 2**22),
                                               ("vqa+gqa", 0, 70.0, 2**21), ("cola", 0, 10.0, 1))]
     assert summarize(runs)["average"] == pytest.approx((55 + 70 + 10) / 3)
-    title, rule, row = ([cell.strip() for cell in line.strip("|").split("|")]
-                        for line in table(runs).splitlines())
-    assert title == ["", "trained", "memory", "CoLA", "RTE", "vqa+gqa", "average"]
-    assert row == ["lst on nano", "1.74 %", "4 MiB", "10.00 ± 0.00", "55.00 ± 5.00", "70.00 ± 0.00",
-                   "45.00"]
-    assert len(set(map(len, table(runs).splitlines()))) == 1 and set("".join(rule)) == {"-"}
+    assert [line.split() for line in table(runs).splitlines()[1:]] == [
+        ["CoLA", "10.00", "±", "0.00"], ["RTE", "55.00", "±", "5.00"],
+        ["vqa+gqa", "70.00", "±", "0.00"], ["average", "45.00"]]
+    assert table(runs).startswith("lst on nano: 1.74 % trained, peak 4 MiB")
+    assert max(map(len, table(runs).splitlines())) < 80
 
 
 def test_a_table_that_cannot_begin_leaves_what_was_there(learned, argv, tmp_path, capsys):

@@ -4,15 +4,18 @@ import multiprocessing
 import os
 import random
 import signal
+import struct
 import sys
 import warnings
+import zlib
 
 import numpy as np
 import pytest
 import torch
 
 import vision.features
-from vision.features import MEAN, STD, features, find_images, pool, preprocess, read_image
+from vision.features import MEAN, STD, Features, find_images, pool, preprocess, read_image
+from vision.tasks import TASKS
 from workshop import one_line, put
 
 pillow = importlib.util.find_spec("PIL") is not None
@@ -29,19 +32,18 @@ def picture(key, side=8):
 
 # -------------------------------------------------------------------------------------- pictures
 
-def test_pictures_are_found_in_any_sub_folder_and_missing_ones_are_one_line(tmp_path, monkeypatch):
+def test_pictures_are_found_in_any_sub_folder_and_missing_ones_are_one_line(tmp_path):
     for name in ("1.png", "images/2.JPG", "images/train/7/dev-1-0-img0.png", "train2014/3.jpeg",
                  "3.txt", "images/.hidden/1.png", "__MACOSX/._1.png"):
         put(tmp_path, name, b"x")
     (tmp_path / "val2014").symlink_to(put(tmp_path / ".elsewhere", "4.png", b"x"))
-    monkeypatch.setenv("HOME", str(tmp_path.parent))
-    found = find_images(f"~/{tmp_path.name}", ["1", "2", "3", "4", "dev-1-0-img0", "1"])
+    found = find_images(tmp_path, ["1", "2", "3", "4", "dev-1-0-img0", "1"])
     assert {key: str(path.relative_to(tmp_path)) for key, path in found.items()} == {
         "1": "1.png", "2": "images/2.JPG", "3": "train2014/3.jpeg", "4": "val2014/4.png",
         "dev-1-0-img0": "images/train/7/dev-1-0-img0.png"}
     with pytest.raises(ValueError) as error:
         find_images(tmp_path, ["1", "5", "6"])
-    one_line(error, "2 of 3 pictures", "5.jpg", str(tmp_path))
+    one_line(error, "2 pictures", "5.jpg", str(tmp_path))
 
 
 def saved(path, image, **how):
@@ -81,6 +83,29 @@ def test_what_is_transparent_lies_on_white(tmp_path, mode, colour, transparency,
         warnings.simplefilter("error")  # Pillow's about palettes
         pixels = read_image(saved(tmp_path / "a.png", image, **clear))
     assert pixels.tolist() == [[[expected] * 3] * 2]
+
+
+def grey_png(path, depth, greys, key):
+    """A PNG of one row of eight greys in so many bits each, of which `key` is transparent."""
+    row = int("".join(f"{grey:0{depth}b}" for grey in greys), 2).to_bytes(depth, "big")
+    head = struct.pack(">IIBBBBB", 8, 1, depth, 0, 0, 0, 0)
+    chunks = {b"IHDR": head, b"tRNS": struct.pack(">H", key), b"IDAT": zlib.compress(b"\0" + row),
+              b"IEND": b""}
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in chunks.items()))
+    return path
+
+
+@needs_pillow
+@pytest.mark.parametrize("depth, scale", [(1, 255), (2, 85), (4, 17), (8, 1), (16, 1 / 256)])
+def test_a_transparent_grey_lies_on_white_in_every_bit_depth(tmp_path, depth, scale):
+    most = 2 ** depth - 1
+    for key in (0, 1, most // 3, most - 1, most):
+        greys = [key, 0, 1, most // 3, most // 2, most - 2 * (depth > 1), most - 1, most]
+        expected = [255 if grey == key else int(grey * scale) for grey in greys]
+        pixels = read_image(grey_png(tmp_path / "a.png", depth, greys, key))
+        assert pixels.tolist() == [[[value] * 3 for value in expected]]
 
 
 @needs_pillow
@@ -168,18 +193,23 @@ def test_pooling_computed_by_hand():
     assert torch.equal(pool(small), small) and torch.equal(pool(same), same)
 
 
-class Clip:
-    """Stands for CLIP: (B, 3, 14, 14) -> the means of 7 x 7 patches; counts pictures."""
-
-    seen = 0
-
-    def __call__(self, images):
-        self.seen += len(images)
-        return torch.nn.functional.avg_pool2d(images, 2).flatten(2).transpose(1, 2)
+def said(key):
+    """What CLIP says of a picture, (P, C): another thing for each key."""
+    return torch.randn(36, 3, generator=torch.Generator().manual_seed(int(key)))
 
 
-def run_clip(folder, clip, count=10):
-    return features(clip, picture, map(str, range(count)), folder, size=14)
+def filled(folder, keys=range(10)):
+    """The features of these pictures, which are right, and for how many CLIP was asked."""
+    found, asked = Features(), []
+
+    def see(some):
+        asked.extend(some)
+        return torch.stack([said(key) for key in some])
+
+    found.fill(folder, map(str, keys), see)
+    for key in keys:
+        assert torch.equal(found.lookup([(str(key),)])[0, 0], said(key).half().float())
+    return found, len(asked)
 
 
 @pytest.fixture(autouse=True)
@@ -187,23 +217,12 @@ def small_shards(monkeypatch):
     monkeypatch.setattr(vision.features, "SHARD", 4)
 
 
-def right(found, count=10):
-    """What is looked up is what CLIP says, as fp16, for pictures one by one."""
-    for i in range(count):
-        expected = pool(Clip()(preprocess([picture(i)], 14)))
-        assert torch.equal(found.lookup([(str(i),)])[0], expected.half().float())
-    return True
-
-
 def test_clip_sees_each_picture_once_and_features_are_looked_up(tmp_path, capsys):
-    clip = Clip()
-    features(clip, picture, ["1", "2", "1", "0"], tmp_path, size=14)
-    assert clip.seen == 3 and "3/3" in capsys.readouterr().out
-    assert right(run_clip(tmp_path, clip)) and clip.seen == 10  # three of them are there already
+    assert filled(tmp_path, [1, 2, 0])[1] == 3 and "3/3" in capsys.readouterr().out
+    assert filled(tmp_path)[1] == 7  # three of them are there already
     capsys.readouterr()
-    found = run_clip(tmp_path, clip, count=5)
-    assert clip.seen == 10 and capsys.readouterr().out == ""
-    assert right(found, count=10)  # fewer take nothing away
+    found, asked = filled(tmp_path, range(5))  # fewer take nothing away
+    assert asked == 0 and capsys.readouterr().out == ""
     pairs = found.lookup([("3", "1"), ("9", "9")])
     assert pairs.shape == (2, 2, 36, 3) and pairs.dtype == torch.float32
     assert torch.equal(pairs[0, 1], found.lookup([("1",)])[0, 0])
@@ -221,7 +240,7 @@ def killed(folder, number):
             os.kill(os.getpid(), signal.SIGKILL)
         replace(*paths)
     os.replace = killing
-    run_clip(folder, Clip())
+    filled(folder)
 
 
 @pytest.mark.parametrize("number", [0, 2])
@@ -231,14 +250,13 @@ def test_a_killed_run_leaves_whole_shards_only(children, tmp_path, number):
     child.start()
     child.join(60)
     assert child.exitcode == -signal.SIGKILL and len(list(tmp_path.glob("*.partial"))) == 1
-    clip = Clip()
-    assert right(run_clip(tmp_path, clip)) and clip.seen == 10 - 4 * number
+    assert filled(tmp_path)[1] == 10 - 4 * number
     assert not list(tmp_path.glob("*.partial"))
 
 
 def test_each_damaged_byte_is_noticed_and_its_shard_made_again(tmp_path):
     (tmp_path / "notes.txt").write_text("stays")
-    run_clip(tmp_path, Clip())
+    filled(tmp_path)
     path, dice = tmp_path / "shard-0.safetensors", random.Random(0)
     whole = path.read_bytes()
     damages = [b"", whole[:-1], whole[:len(whole) // 2], whole + b"\0", bytes(len(whole))]
@@ -248,6 +266,12 @@ def test_each_damaged_byte_is_noticed_and_its_shard_made_again(tmp_path):
         damages.append(bytes(damaged))
     for damaged in damages:
         path.write_bytes(damaged)
-        clip = Clip()
-        assert right(run_clip(tmp_path, clip)) and clip.seen == 4
+        assert filled(tmp_path)[1] == 4
     assert (tmp_path / "notes.txt").read_text() == "stays"
+
+
+def test_a_home_folder_that_cannot_be_written_is_one_line_that_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(vision.features, "CACHE", put(tmp_path, "home", b"") / "home" / "features")
+    with pytest.raises(ValueError) as error:
+        vision.features.clip_features({"vqa": TASKS["vqa"].load()}, "nano", "cpu")
+    one_line(error, str(tmp_path / "home"), "set HOME")

@@ -32,7 +32,8 @@ def vqa(folder, train=((1, 9),), val=((2, 42), (3, 73))):
         about = {"info": {}, "data_subtype": year}
         put(folder, VQA_FILES[i], about | {"questions": [row[0] for row in rows]})
         put(folder, VQA_FILES[i + 1], about | {"annotations": [row[1] for row in rows]})
-    return folder
+    return coco(folder, coco_image(COCO[0], "train", "c"), *(
+        coco_image(f"COCO_val2014_{i:012d}", ("val", "test")[i % 2], "c") for i in range(150)))
 
 
 def coco_image(key, split, *captions):
@@ -76,32 +77,25 @@ def test_easy_vqa_is_split_by_picture(tmp_path):
     assert dataset.sha256 == hashlib.sha256(bytes_of).hexdigest() and dataset.name == "easy-vqa"
 
 
-def test_vqa_beside_dataset_coco_has_karpathys_split(tmp_path):
-    vqa(tmp_path, val=[(2, 42), (3, 73), (4, 74), (5, 42)])
+def test_vqa_has_karpathys_split(tmp_path):
+    ten = ["red"] * 9 + [""]  # an empty answer is a reference, but no target
+    vqa(tmp_path / "vqa", train=[vqa_rows(1, 9), vqa_rows(6, 9, ten)],
+        val=[(2, 42), (3, 73), (4, 74), (5, 42)])
+    (tmp_path / "vqa" / VQA_FILES[4]).unlink()
     rest = "COCO_val2014_000000000074"
-    coco(tmp_path, coco_image(COCO[0], "train", "a"), coco_image(COCO[1], "val", "b"),
+    coco(tmp_path / "COCO", coco_image(COCO[0], "train", "a"), coco_image(COCO[1], "val", "b"),
          coco_image(COCO[2], "test", "c"), coco_image(rest, "restval", "d"))
     dataset = TASKS["vqa"].load(tmp_path)
     weights = {"yes": 1.0, "no": 0.9, "maybe": 0.6, "maybe not": 0.3}
     assert dataset.train == [Example("vqa: Is it 1?", weights, (COCO[0],), TEN),
+                             Example("vqa: Is it 6?", {"red": 1.0}, (COCO[0],), tuple(ten)),
                              Example("vqa: Is it 4?", weights, (rest,), TEN)]
     assert [example.source[-2] for example in dataset.val] == ["2", "5"]
     assert [example.images for example in dataset.test] == [(COCO[2],)]
-    files = [tmp_path / name for name in (*VQA_FILES, "dataset_coco.json")]
+    files = [*map((tmp_path / "vqa").joinpath, VQA_FILES[:4]), tmp_path / "COCO" / VQA_FILES[4]]
     every_byte = b"".join(path.read_bytes() for path in files)
     assert dataset.sha256 == hashlib.sha256(every_byte).hexdigest()
-    assert dataset.name == "vqa-karpathy"
-
-
-def test_vqa_without_it_halves_the_pictures_of_val2014(tmp_path):
-    ten = ["red"] * 9 + [""]  # an empty answer is a reference, but no target
-    dataset = TASKS["vqa"].load(
-        vqa(tmp_path, train=[vqa_rows(1, 9, ten)], val=[(i, i // 3) for i in range(2, 62)]))
-    assert dataset.train == [Example("vqa: Is it 1?", {"red": 1.0}, (COCO[0],), tuple(ten))]
-    val, test = ({example.images for example in part} for part in (dataset.val, dataset.test))
-    assert dataset.name == "vqa-halved"
-    assert len(val) + len(test) == 21 and not val & test and abs(len(val) - len(test)) == 1
-    assert len(dataset.val) + len(dataset.test) == 60
+    assert (dataset.name, dataset.folder) == ("vqa", tmp_path)
 
 
 def test_gqa_and_nlvr2_in_their_own_folders(tmp_path):
