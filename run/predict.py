@@ -50,9 +50,10 @@ def draw(args: argparse.Namespace) -> dict:
     """The loss of the run in --out: of each step, and the mean of every fiftieth part."""
     log = (Path(args.out) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [row for row in map(json.loads, log) if "loss" in row]
-    each, n = [(row["step"], row["loss"]) for row in rows], max(1, len(rows) // 50)
+    most = 3 * statistics.median(row["loss"] for row in rows)  # the start is far above the rest
+    each, n = [(row["step"], min(row["loss"], most)) for row in rows], max(1, len(rows) // 50)
     means = [tuple(map(statistics.mean, zip(*each[i : i + n]))) for i in range(0, len(each), n)]
     lines = [("each step", each), (f"mean of {n}", means)]
-    curve(args.plot, f"loss of {Path(args.out).name}", "step", lines)
+    curve(args.plot, f"loss of {Path(args.out).name}, cut off at {most:.3g}", "step", lines)
     print0(f"{len(each)} steps are drawn in {args.plot}")
     return {"steps": len(each)}
