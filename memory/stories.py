@@ -100,10 +100,14 @@ def fits(args: Namespace, cases: Sequence) -> dict:
 
     def largest(case) -> dict:
         with torch.device("meta"):
-            net = case.build()
-            return {"largest_batch": bisect.bisect_right(
-                range(1, 2**20), limit,
-                key=lambda B: account.training_step(net, case.make_batch(B))["peak"])}
+            net, high = case.build(), 16
+
+            def peak(B: int) -> int:
+                return account.training_step(net, case.make_batch(B))["peak"]
+
+            while peak(high) <= limit:
+                high *= 4
+            return {"largest_batch": bisect.bisect_right(range(1, high), limit, key=peak)}
 
     rows = count_all(cases, largest)
     print(f"\nthe largest batch in {args.fits} GB of 2^30 bytes, source {S}, target {T}, "
