@@ -35,7 +35,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
         yield temporary
         with open(temporary) as file:
             os.fsync(file)
-        temporary.replace(path)
+        os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
