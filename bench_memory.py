@@ -93,7 +93,7 @@ def mlp(method: str, activation: str, N: int, B: int, D: int, r: int) -> tuple[i
     _, _, a, for_slope = backward_by_hand(a_0, W, b, activation)
     wide, narrow = 4 * B * D, 4 * B * d  # one activation of each width
     read = {
-        "full": account.bytes_of({*a, *for_slope}),  # of ReLU and sigmoid many are in both
+        "full": account.bytes_of({*a, *for_slope}),  # for ReLU and sigmoid most are in both
         "bias": account.bytes_of(for_slope),
         # a_0 ... a_N for down's weights; at each rung down(a), h and their mix, sigma', mu, 1 - mu
         "ladder": (N + 1) * wide + (3 * N + (N if source == "z" else 1)) * narrow + 8 * N,
@@ -279,7 +279,7 @@ STORIES = {  # what to show, and the options that it reads; any other is refused
     "--time": (stories.show_time, "model batch_size source_length target_length r keep attention"),
     "--table 3": (show_table_3, f"{ROWS} table as_published batch_size device plot"),
     "--as-published": (show_table_1, f"{SHAPE} as_published model batch_size freeze plot"),
-    "--table 1": (show_table_1, f"{ROWS} model batch_size freeze device plot"),
+    "--table 1": (show_table_1, f"{ROWS} table model batch_size freeze device plot"),
     "no option": (show_everything, "plot"),
 }
 READERS = {"r": ["lst"], "keep": ["lst"],  # the other methods ignore these
@@ -296,7 +296,7 @@ def new_file(text: str) -> Path:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__)
     story = parser.add_mutually_exclusive_group().add_argument
-    story("--table", type=int, choices=(1, 3), default=1, help="table of the paper (default 1)")
+    story("--table", type=int, choices=(1, 3), help="the rows of this table of the paper")
     story("--explain", action="store_true", help="the tensors of one layer, and why they are kept")
     story("--sweep", choices=stories.SWEEPS, help="the peak over batch, source length, r or layers")
     story("--fits", type=positive, metavar="GB", help="largest batch on a card, GB of 2^30 bytes")

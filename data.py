@@ -263,7 +263,7 @@ def split(validation: str, train: list, dev: list, mismatched: list = (), most: 
 
 def banner(reason: str) -> str:
     """Return the box that says that the bundled sample stands in for SST-2."""
-    text = (f"THIS IS NOT SST-2, WHICH DID NOT COME: {reason}. No score of this small bundled "
+    text = (f"THIS IS NOT SST-2: THE DOWNLOAD FAILED: {reason}. No score of this small bundled "
             "sample can be compared with the paper's. For SST-2 give --data DIR with DIR/SST-2.")
     box = [f"#  {line:<72}  #" for line in ["", *textwrap.wrap(text, 72), ""]]
     return "\n".join(["#" * 78, *box, "#" * 78])

@@ -113,7 +113,7 @@ def random_start(module: nn.Module) -> None:
 class LadderT5(Generates, nn.Module):
     """A frozen T5 and the ladder side network beside it. Same forward and generate as T5.
 
-    r: reduction factor; above 2, LST saves more than other PETL methods (Sec. 3.2). keep: 0-based
+    r: reduction factor; Sec. 3.2 argues that LST saves most if it is above 2. keep: 0-based
     layers that have a side layer, in encoder and decoder (default: all). rung: made by rung(D, d).
     Parameters with `requires_grad` train. Starts at random; prune.py (Sec. 3.3) fills in weights.
     """

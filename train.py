@@ -3,7 +3,6 @@
     python train.py --task sst2                      # the bundled backbone, minutes on a laptop
     python train.py --task rte --model t5-base --keep 1,2,3,5,6,7,9,10,11   # LST's row of Table 1
     python train.py --task glue --seeds 0,1,2 --model t5-base --method lora # 24 runs, their table
-    torchrun --nproc-per-node 4 train.py --task mnli --model t5-large
     python train.py --out runs/sst2-lst-0 --predict "a gripping , beautifully acted film"
     python train.py --task vqa                       # questions about drawn pictures
     python train.py --out runs/vqa-lst-0 --predict "what color is the star?" --image star.png
@@ -178,10 +177,11 @@ def train(args: argparse.Namespace, out: Path) -> dict:
         if features:
             features.hidden = True
             results["test_hidden"] = evaluate(model, tokenizer, args, test, features)
-    except (KeyboardInterrupt, FloatingPointError):
+    except (KeyboardInterrupt, FloatingPointError) as stop:
         kept = f"epoch {run.best['epoch']} is kept in {out}" if run.best else "no weights were kept"
-        print0(f"\nstopped after {run.step} of {args.steps} steps; {kept}\n"
-               f"to go on: the same command, with --resume --out {args.out}, without --overwrite")
+        print0(f"\nstopped after {run.step} of {args.steps} steps; {kept}")
+        if isinstance(stop, KeyboardInterrupt):
+            print0(f"to go on: the same command, with --resume --out {out}, without --overwrite")
         raise
     return conclude(args, model, run, results)
 

@@ -43,7 +43,7 @@ def show_cases(args: Namespace, title: str, cases: Sequence) -> list[dict]:
     def count(case) -> dict:
         row = case.account()
         if cuda and not case.conventions:
-            with suppress(torch.OutOfMemoryError):  # then there is no number
+            with suppress(torch.OutOfMemoryError):  # then it prints 0
                 row["measured_peak"] = measured_peak(case)
         return row
 

@@ -116,10 +116,10 @@ def lock_run(out: Path) -> contextlib.AbstractContextManager:
 
 def check_folder(out: str | None, overwrite: bool, resume: bool) -> None:
     """ValueError if a run must not go into this folder. None: a new one will be made."""
-    if out and (Path(out) / "spiece.model").exists():
+    held = {path.name for path in Path(out).glob("*") if path.suffix != ".partial"} if out else ()
+    if "spiece.model" in held:
         raise ValueError(f"{out} holds a backbone: choose another --out")
-    goes_on = resume and (Path(out) / "config.json").exists()
-    if out and any(Path(out).glob("*")) and not (overwrite or goes_on):
+    if held and not overwrite and not (resume and "config.json" in held):
         raise ValueError(f"{out} is not empty: choose another --out, or give --resume to go on "
                          "with the run in it, if there is one, or --overwrite")
 
@@ -136,7 +136,7 @@ def new_folder(name: str) -> Path:
 def clear(out: Path) -> None:
     """Remove what an earlier run left; other files stay."""
     for name in ("state.safetensors", "results.json", "trained.safetensors", "metrics.jsonl",
-                 "config.json"):
+                 "config.json", "config.json.partial"):
         (out / name).unlink(missing_ok=True)
 
 
@@ -154,10 +154,13 @@ def load_trained(out: str | Path, model: nn.Module, file: str = "trained.safeten
                  ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Fill what trains in `model`; return the other tensors of the file, and its metadata."""
     tensors, metadata = read_tensors(Path(out) / file)
-    for name, p in trainable(model).items():
-        if name not in tensors or tensors[name].shape != p.shape:
-            raise ValueError(f"{out}/{file} does not fit, for example {name}")
-        p.copy_(tensors.pop(name))
+    own = {name: p.shape for name, p in trainable(model).items()}
+    found = {name: tensor.shape for name, tensor in tensors.items() if " " not in name}
+    if own != found:
+        raise ValueError(f"{out}/{file} does not fit, for example "
+                         f"{min(own.items() ^ found.items())[0]}")
+    for name in own:
+        model.get_parameter(name).copy_(tensors.pop(name))
     return tensors, metadata
 
 

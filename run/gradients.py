@@ -40,7 +40,7 @@ def add_squared_gradients(sums: dict[str, Tensor], t5: T5, source_ids: Tensor, s
     scale = t5.config.d_model ** -0.5 if t5.config.scale_decoder_outputs else 1.0
     g_head, h = g_head.float(), h.detach().float() * scale
     if t5.head is not None:
-        g_head, h = g_head[:, :0], h[:, :0]  # no gradient reaches the embedding from the head
+        g_head, h = g_head[:, :0], h[:, :0]  # no positions: the terms of the head vanish
     add_squares(sum_of[t5.embed], g_head, h)
     ids, g = torch.cat([source_ids, decoder_ids], 1), torch.cat([g_source, g_decoder], 1).float()
     for b, words in enumerate(ids):  # (head + lookup)^2 = head^2 + (2 head + lookup) lookup

@@ -10,7 +10,7 @@ import torch
 
 import data
 from methods import METHODS
-from model import PUBLIC
+from model import NANO, PUBLIC
 from run.tasks import TASKS, has_pictures
 from vision.clip import CLIP_PUBLIC
 
@@ -85,10 +85,10 @@ def parse(argv: Sequence[str] | None, description: str) -> argparse.Namespace:
     add("--task", type=runs_of, help=f"{', '.join(TASKS)}; a list, or glue; vqa+gqa: in one run")
     add("--model", type=path, help=f"backbone: nano (default), {', '.join(PUBLIC)}, a folder")
     add("--method", default="lst", choices=("lst", *METHODS), help="lst: the ladder (default)")
-    add("--data", type=path, help="folder of official files, or sample (default: download, draw)")
-    add("--prompts", default="paper", choices=("paper", "t5"), help="answers in digits, in words")
+    add("--data", type=path, help="folder of official files, or sample (default: download; draw)")
+    add("--prompts", default="paper", choices=("paper", "t5"), help="labels as digits, or as words")
     add("--clip", type=path, help=f"CLIP: nano (default), {', '.join(CLIP_PUBLIC)}, a folder")
-    add("--max-train-rows", type=positive, help="use only the first so many training rows")
+    add("--max-train-rows", type=positive, help="use only the first N training rows")
     add = parser.add_argument_group("the ladder (Sec. 3)").add_argument
     add("--r", "--reduction", type=positive, help="reduction factor (default 8, for pictures 4); "
         "after torchrun, which has an --r of its own, write --reduction")
@@ -110,7 +110,7 @@ def parse(argv: Sequence[str] | None, description: str) -> argparse.Namespace:
     add("--warmup-steps", type=whole, help="steps in which the learning rate rises")
     add("--dropout", type=float, help="in what trains (default: the backbone's)")
     add("--seed", "--seeds", dest="seeds", type=numbers, default=[0], metavar="0,1,2",
-        help="of order, dropout and random weights (default 0); of several a run each")
+        help="of order, dropout and random weights (default 0); several: one run each")
     gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     gpus = ["cuda", *gpus] if gpus else []
     add("--device", default=[*gpus, "cpu"][0], choices=["cpu", *gpus], help="default: %(default)s")
@@ -120,7 +120,7 @@ def parse(argv: Sequence[str] | None, description: str) -> argparse.Namespace:
     add, either = files.add_argument, files.add_mutually_exclusive_group().add_argument
     add("--out", type=path, help="the run's folder (default: a new runs/<task>-<method>-<number>)")
     either("--resume", action="store_true", help="go on with the run in --out, exactly")
-    either("--overwrite", action="store_true", help="--out need not be empty")
+    either("--overwrite", action="store_true", help="replace the run in --out")
     add("--save-steps", type=positive, default=200, help="how often to save (default %(default)s)")
     add("--predict", metavar="TEXT", help="ask the run in --out; for a task on pairs: \"A | B\"")
     add("--image", type=path, metavar="FILE", nargs="+", help="what --predict is about")
@@ -133,6 +133,7 @@ def parse(argv: Sequence[str] | None, description: str) -> argparse.Namespace:
     args.command = shlex.join(["python", "train.py", *(sys.argv[1:] if argv is None else argv)])
     if args.predict is None:  # with --predict: what the run had
         args.model, args.clip = args.model or "nano", args.clip or "nano"
+    args.model = "nano" if args.model == str(NANO.resolve()) else args.model
     return args
 
 

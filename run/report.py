@@ -30,7 +30,7 @@ class Progress:
         self.start, self.tenths = time.time(), 0
 
     def step(self, done: int, detail: str = "") -> None:
-        live, tenths = sys.stdout.isatty(), 10 * done // self.total
+        live, tenths = sys.stdout and sys.stdout.isatty(), 10 * done // self.total
         if rank() > 0 or not live and tenths == self.tenths:
             return
         self.tenths = tenths
@@ -107,7 +107,7 @@ def exit_cleanly(run: Callable[[], dict]) -> dict:
         line, code = f"error: {error}", 1
     except (MemoryError, RuntimeError) as error:
         if "MemoryError" in repr(error) or "allocate memory" in str(error):
-            line, code = "error: not enough memory: try a smaller --batch-size or --accumulate", 2
+            line, code = "error: not enough memory: try a smaller --batch-size, or --accumulate", 2
         elif isinstance(error, DistError) or "gloo" in str(error):
             line, code = "error: another process has ended; its own line says why", 2
         else:
@@ -130,5 +130,6 @@ def stop_signals(at_once: bool = False) -> Iterator[list[int]]:
 
     with contextlib.ExitStack() as at_the_end:
         for number in (signal.SIGINT, signal.SIGTERM):
-            at_the_end.callback(signal.signal, number, signal.signal(number, receive))
+            if signal.getsignal(number) is not signal.SIG_IGN:  # of a job in the background
+                at_the_end.callback(signal.signal, number, signal.signal(number, receive))
         yield received

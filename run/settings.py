@@ -95,7 +95,8 @@ def check_frozen(folder: str | Path, args: argparse.Namespace) -> dict:
 def run_of(args: argparse.Namespace, out: Path, datasets: dict[str, Dataset],
            began: float) -> Run:
     """The run in this folder, with the config that a resume must repeat."""
-    free = ("out", "overwrite", "resume", "predict", "image", "save_steps", "seeds", "command")
+    free = ("out", "overwrite", "resume", "predict", "image", "plot", "save_steps", "seeds",
+            "command")
     config = {name: value for name, value in vars(args).items() if name not in free}
     data_sha256 = "+".join(dataset.sha256 for dataset in datasets.values())
     if first(lambda: data_sha256) != data_sha256:  # one may have had no network
@@ -109,10 +110,10 @@ def run_of(args: argparse.Namespace, out: Path, datasets: dict[str, Dataset],
 
 def announce(args: argparse.Namespace, model: nn.Module, datasets: dict[str, Dataset]) -> dict:
     """Print what a run is; return it as the first part of the results."""
-    each, whole = list(datasets.values()), model  # Table 3's share is of all
+    each, whole, of = list(datasets.values()), model, "all"  # Table 3's percent
     if not has_pictures(args.task):
-        with torch.device("meta"):  # Table 1's, of the backbone before the method added to it
-            whole = T5(getattr(model, "backbone", model).config)
+        with torch.device("meta"):  # Table 1's are of the backbone, before the method adds to it
+            of, whole = "the backbone's", T5(getattr(model, "backbone", model).config)
     trained, total = (sum(p.numel() for p in parameters)
                       for parameters in (trainable(model).values(), whole.parameters()))
     results = {"task": args.task, "model": args.model, "method": args.method,
@@ -125,7 +126,7 @@ def announce(args: argparse.Namespace, model: nn.Module, datasets: dict[str, Dat
     if each[0].fallback:
         print0(banner(each[0].fallback))
     print0(f"{args.method} on {args.model}: {trained:,} parameters train, "
-           f"{results['trainable_percent']:.3f} % of {total:,}\n"
+           f"{results['trainable_percent']:.3f} % of {of} {total:,}\n"
            f"{args.task} ({results['data']}): {rows['train']:,} training, {rows['val']:,} "
            f"validation, {rows['test']:,} test rows"
            + f", {results['skipped_rows']} skipped" * (results["skipped_rows"] > 0))

@@ -1,4 +1,4 @@
-"""The runs of a command, one for each task and seed; of several also their scores' table."""
+"""The runs of a command, one for each task and seed; and, of several, the table of their scores."""
 import argparse
 import statistics
 from collections.abc import Callable
@@ -32,12 +32,14 @@ def run_many(args: argparse.Namespace, runs: list[argparse.Namespace], build: Ca
     folders = [out / f"{run.task}-{run.seed}" for run in runs]
     if args.resume and first((out / "metrics.jsonl").exists):
         raise ValueError(f"{out} holds a single run: choose another --out")
-    for run in runs[:: len(args.seeds)]:  # say now what is missing, not after the first task's days
+    for run in runs[:: len(args.seeds)]:  # say now, not after days, if data or weights are missing
         load_data(run)
         build(run)
     if not args.resume:
-        for folder in (out, *folders):
-            first(clear, folder)
+        first(clear, out)
+        for folder in folders:
+            with lock_run(folder):
+                first(clear, folder)
     first(write_json, out / "config.json", {"command": args.command})
     for run, folder in zip(runs, folders):
         print0(f"\n{run.task}, seed {run.seed}: run {len(results) + 1} of {len(runs)}")

@@ -109,7 +109,7 @@ class Features:
         """Return float (B, N, P, C) for the keys of a batch's pictures, N for each row."""
         seen = []
         for key in (key for keys in images for key in keys):
-            with safe_open(self.paths[key], framework="pt") as file:  # closed: it counts as memory
+            with safe_open(self.paths[key], framework="pt") as file:  # open, it counts as memory
                 seen.append(file.get_tensor(key))
         seen = torch.stack(seen).float().unflatten(0, (len(images), -1))  # (B, N, P, C)
         return torch.zeros_like(seen) if self.hidden else seen

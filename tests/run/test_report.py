@@ -106,3 +106,16 @@ def test_the_first_signal_is_collected_and_the_second_interrupts_at_once():
         report.exit_cleanly(run)
     assert stop.value.code == 143
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_a_signal_that_a_background_job_ignores_stays_ignored():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with report.stop_signals() as received:
+        os.kill(os.getpid(), signal.SIGINT)
+    assert received == [] and signal.signal(signal.SIGINT, before) is signal.SIG_IGN
+
+
+def test_a_closed_stdout_stops_nothing(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    report.Progress("step", 2).step(2)
+    report.print0("seen by nobody")
