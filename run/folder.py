@@ -188,7 +188,9 @@ class Run:
             raise ValueError(f"{self.out} cannot go on, give --overwrite or the same arguments: "
                              f"{'; '.join(changed)}")
         if results.exists():
-            return read_json(results)
+            ended = read_json(results)
+            (self.out / "state.safetensors").unlink(missing_ok=True)  # if killed before its end
+            return ended
         if (self.out / "trained.safetensors").exists() > (self.out / "state.safetensors").exists():
             raise ValueError(f"{self.out} has weights, but neither state.safetensors nor "
                              "results.json: it cannot go on, --overwrite begins anew")

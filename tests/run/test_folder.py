@@ -257,6 +257,7 @@ def test_a_run_that_has_ended_is_left_as_it_is(tmp_path):
     results, before = toy(tmp_path / "run"), contents(tmp_path / "run")
     assert " ".join(map(str, before)) == (
         "config.json metrics.jsonl results.json trained.safetensors")
+    write(tmp_path / "run" / "state.safetensors", "killed before it was removed")
     assert toy(tmp_path / "run") == results and contents(tmp_path / "run") == before
 
 
