@@ -146,7 +146,10 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def read_config(out: str | Path) -> dict:
     """The config of the run that left its weights in this folder."""
-    return json.loads(read_tensors(Path(out) / "trained.safetensors")[1]["config"])
+    metadata = read_tensors(Path(out) / "trained.safetensors")[1]
+    if "config" not in metadata:
+        raise ValueError(f"{out}/trained.safetensors is not what a run has trained")
+    return json.loads(metadata["config"])
 
 
 @torch.no_grad()
@@ -189,6 +192,8 @@ class Run:
                              f"{'; '.join(changed)}")
         if results.exists():
             ended = read_json(results)
+            if "test" not in ended:
+                raise ValueError(f"{results} is damaged")
             (self.out / "state.safetensors").unlink(missing_ok=True)  # if killed before its end
             return ended
         if (self.out / "trained.safetensors").exists() > (self.out / "state.safetensors").exists():
@@ -203,12 +208,14 @@ class Run:
             for name, moment in moments.items():
                 parameter, key = name.split()  # "up.weight exp_avg"
                 optimizer.state[model.get_parameter(parameter)][key] = moment.to(self.device)
-            at = json.loads(metadata["position"])
+            log, at = self.out / "metrics.jsonl", json.loads(metadata.get("position", "{}"))
+            if not at or first(os.path.getsize, log) < at["log"]:
+                raise ValueError(f"{log} or state.safetensors is damaged")
             self.step, self.epochs, self.best = at["step"], at["epochs"], at["best"]
             self.began -= at["seconds"]
             if self.best:
                 read_config(self.out)  # an error now, not at the end, if those weights are gone
-            first(os.truncate, self.out / "metrics.jsonl", at["log"])
+            first(os.truncate, log, at["log"])
         return self.resume
 
     def begin(self) -> None:

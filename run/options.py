@@ -22,7 +22,7 @@ READ_BY = {  # option -> the runs that read it; one that is not here is read by 
     "out": {"training", "--predict", "--plot"}, "plot": {"--plot"},
     **dict.fromkeys(("r", "keep", "init", "gates"), {"--method lst"}),
     "prune": {"--init fisher", "--init magnitude"}, "fisher_samples": {"--init fisher"},
-    "freeze": {f"--method {method}" for method in METHODS},
+    "freeze": {f"--method {method}" for method in METHODS if method != "prompt"},
     "as_authors": {"--method lora", "--method prompt"}, "prompts": {"a task on texts"},
     "clip": {"a task on pictures", "--predict"}, "image": {"--predict"},
 }
@@ -144,6 +144,8 @@ def check(parser: Parser, args: argparse.Namespace, given: list[str]) -> None:
         f"--task is missing: choose from {', '.join(TASKS)}": training and not args.task,
         "--resume, --predict and --plot need --out, the folder of a run":
             not args.out and (args.resume or not training),
+        f"--plot {args.plot}: name a file that ends in .svg":
+            args.plot is not None and not args.plot.endswith(".svg"),
         "--data sample is for sst2; for other tasks name a folder, or leave it out":
             args.data == "sample" and args.task != ["sst2"],
         f"--lr is {args.lr}, it must be a finite number above 0":

@@ -27,6 +27,8 @@ def predict(args: argparse.Namespace, load: Callable) -> dict:
     if len(files) != task.pictures:
         raise ValueError(f"{task.name} takes {task.pictures or 'no'} pictures (--image FILE ...), "
                          f"{len(files)} given")
+    if args.clip and not files:
+        raise ValueError(f"{task.name} is not about pictures: leave --clip out")
     args.predict.encode("utf-8")  # ValueError: the terminal's text is not UTF-8
     example, pictures = task.ask(args.predict, config["prompts"]), [read_image(f) for f in files]
     moved = {name: getattr(args, name) for name in ("model", "clip") if getattr(args, name)}
@@ -48,10 +50,14 @@ def predict(args: argparse.Namespace, load: Callable) -> dict:
 
 def draw(args: argparse.Namespace) -> dict:
     """The loss of the run in --out: of each step, and the mean of every fiftieth part."""
-    log = (Path(args.out) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = [row for row in map(json.loads, log) if "loss" in row]
-    most = 3 * statistics.median(row["loss"] for row in rows)  # the start is far above the rest
-    each, n = [(row["step"], min(row["loss"], most)) for row in rows], max(1, len(rows) // 50)
+    log = Path(args.out) / "metrics.jsonl"
+    try:
+        each = [(int(row["step"]), float(row["loss"]))
+                for row in map(json.loads, log.read_bytes().splitlines()) if "loss" in row]
+        most = 3 * statistics.median(loss for _, loss in each)  # the start is far above the rest
+    except (ValueError, TypeError, KeyError):
+        raise ValueError(f"{log} is damaged, or has no step yet") from None
+    each, n = [(step, min(loss, most)) for step, loss in each], max(1, len(each) // 50)
     means = [tuple(map(statistics.mean, zip(*each[i : i + n]))) for i in range(0, len(each), n)]
     lines = [("each step", each), (f"mean of {n}", means)]
     curve(args.plot, f"loss of {Path(args.out).name}, cut off at {most:.3g}", "step", lines)

@@ -64,6 +64,8 @@ def load_data(args: argparse.Namespace) -> dict[str, Dataset]:
         dataset = TASKS[name].load(args.data, args.prompts)
         datasets[name] = replace(dataset, train=dataset.train[: args.max_train_rows])
     fill_defaults(args, datasets)
+    if args.accumulate > args.batch_size:
+        raise ValueError(f"--accumulate {args.accumulate} is more than the {args.batch_size} rows")
     if args.method == "lst":
         check_ladder(config, args.r, args.keep)
         if args.init not in INITS and not args.resume:

@@ -144,11 +144,11 @@ def clip_files(model: str | Path) -> list[Path]:
         weights, config = folder / "open_clip_model.safetensors", folder / "open_clip_config.json"
         files = [weights] if weights.is_file() else weight_files(folder)
         return [*files, config if config.is_file() else folder / "config.json"]
-    if model not in CLIP_PUBLIC:
-        raise ValueError(f"{model} is neither a folder nor one of: nano, {', '.join(CLIP_PUBLIC)}")
-    repo, revision, weights, sha256 = CLIP_PUBLIC[model]
-    config = hub_file(repo, weights.replace("model.safetensors", "config.json"), revision)
-    return [hub_file(repo, weights, revision, sha256), config]
+    for name, (repo, revision, weights, sha256) in CLIP_PUBLIC.items():
+        if model in (name, repo):
+            config = hub_file(repo, weights.replace("model.safetensors", "config.json"), revision)
+            return [hub_file(repo, weights, revision, sha256), config]
+    raise ValueError(f"{model} is neither a folder nor one of: nano, {', '.join(CLIP_PUBLIC)}")
 
 
 def empty_tower(raw: dict) -> ModifiedResNet | ViT:

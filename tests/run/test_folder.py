@@ -356,6 +356,19 @@ def test_results_say_where_they_come_from(learned):
     assert results["seconds"] > 0 and results["peak_memory_bytes"] > 2**20
 
 
+def test_damaged_results_or_a_shortened_log_are_noticed_and_nothing_is_lost(
+        argv, cut, tmp_path, capsys):
+    line = argv("--max-steps", 1, "--out", tmp_path / "other")
+    train.main(line)
+    (tmp_path / "other" / "results.json").write_text("{}")
+    before = contents(tmp_path / "other")
+    refused(capsys, [*line, "--resume"], "results.json is damaged")
+    assert contents(tmp_path / "other") == before
+    (cut / "metrics.jsonl").write_text("")
+    with pytest.raises(ValueError, match="metrics.jsonl or state.safetensors is damaged"):
+        toy(cut)
+
+
 def test_weights_without_state_or_results_are_not_thrown_away_by_resume(argv, tmp_path, capsys):
     train.main(argv("--max-steps", 1))
     (tmp_path / "run" / "results.json").unlink()

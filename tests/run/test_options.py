@@ -55,7 +55,7 @@ def test_beside_nano_a_run_takes_minutes_and_the_command_line_wins(line, rows, n
     ("--dtype fp16", "float16; bfloat16"), ("--dtype foo", "foo; bf16"),
     ("--method full --dtype bf16", "bf16; fp32"), ("--method lora --freeze 5", "5; 4 layers"),
     ("--method lora --freeze 4", "4; nothing to train"), ("--freeze -1", "-1"),
-    ("--method prompt --freeze 1", "freeze is 1; prompts"), ("--device foo", "foo; cpu"),
+    ("--method prompt --freeze 1", "--freeze; means nothing"), ("--device foo", "foo; cpu"),
     ("--device=", "''; cpu"), ("--device meta", "meta; cpu"), ("--device cuda:99", "cuda:99; cpu"),
     ("--lr -1", "-1; above 0"), ("--lr 0", "0"), ("--lr nan", "nan"), ("--lr 1e400", "inf"),
     ("--lr foo", "foo"), ("--dropout 1", "1.0; below 1"), ("--dropout nan", "nan"),
@@ -64,7 +64,8 @@ def test_beside_nano_a_run_takes_minutes_and_the_command_line_wins(line, rows, n
     ("--seeds 1,1", "twice"), ("--seeds 1,x", "x"), ("--seeds=", "whole number"),
     ("--max-train-rows 0", "'0'"), ("--max-steps 0", "'0'"), ("--epochs 0", "'0'"),
     ("--batch-size -1", "-1"), ("--fisher-samples 0", "'0'"), ("--accumulate 0", "accumulate"),
-    ("--save-steps 0", "save-steps"), ("--resume --overwrite", "not allowed"),
+    ("--save-steps 0", "save-steps"), ("--accumulate 17", "accumulate 17; 16 rows"),
+    ("--resume --overwrite", "not allowed"),
     ("--data foo", "foo/SST-2/train.tsv"), ("--out=", "--out; empty"), ("--data=", "--data; empty"),
     ("--model=", "--model; empty"), ("--foo", "--foo"),
 ])

@@ -49,6 +49,7 @@ def test_what_the_run_has_not_learned_is_refused(learned, capsys):
     refused(capsys, ask(learned[0], "caf\udce9"), "utf-8")
     refused(capsys, [*ask(learned[0]), "--task", "rte"], "sst2", "--task")
     refused(capsys, [*ask(learned[0]), "--image", "a.png"], "sst2", "takes no pictures")
+    refused(capsys, [*ask(learned[0]), "--clip", "nano"], "sst2", "leave --clip out")
 
 
 def test_the_loss_of_a_run_is_drawn(learned, tmp_path, capsys):
@@ -59,8 +60,13 @@ def test_the_loss_of_a_run_is_drawn(learned, tmp_path, capsys):
     assert each.count("L") + 1 == steps > means.count("L") > 40
     heights = [float(point.split()[1]) for point in means.split("L")]
     assert heights[0] < heights[-1] - 50  # downwards on the page y grows: the loss fell
+    weights = learned[0] / "trained.safetensors"
+    refused(capsys, ["--out", str(learned[0]), "--plot", str(weights)], "ends in .svg")
     refused(capsys, ["--out", str(tmp_path), "--plot", str(picture)], "metrics.jsonl")
-    more = ["--task", "sst2", "--out", str(learned[0]), "--plot", "x"]
+    for damaged in ("", "5", '{"loss": 1}', '{"loss": "x", "step": 3}', '{"lo'):
+        (tmp_path / "metrics.jsonl").write_text(damaged)
+        refused(capsys, ["--out", str(tmp_path), "--plot", str(picture)], "jsonl is damaged")
+    more = ["--task", "sst2", "--out", str(learned[0]), "--plot", "x.svg"]
     refused(capsys, more, "--task means nothing here")
 
 
