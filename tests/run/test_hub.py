@@ -313,6 +313,7 @@ def large(models):
     return SMALL, "model.safetensors", SMALL_COMMIT, tag
 
 
+@pytest.mark.slow
 def test_a_killed_process_leaves_what_the_next_one_can_use(models, large):
     child = python("import sys; from run.hub import hub_file; hub_file(*sys.argv[1:])", *large)
     while not any(path.stat().st_size for path in models.cache.rglob("*.partial")):

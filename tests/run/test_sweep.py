@@ -60,6 +60,7 @@ def test_a_table_that_cannot_begin_leaves_what_was_there(learned, argv, tmp_path
     assert contents(tmp_path / "run") == before
 
 
+@pytest.mark.slow
 def test_a_table_takes_one_seed_more(argv, capsys):
     first = train.main(argv("--seeds", "0,1", "--max-steps", 1))
     more = train.main(argv("--seeds", "0,1,2", "--max-steps", 1, "--resume"))
@@ -69,6 +70,7 @@ def test_a_table_takes_one_seed_more(argv, capsys):
             "lr was 0.003, is 0.5")
 
 
+@pytest.mark.slow
 def test_a_table_and_a_single_run_do_not_go_on_in_each_other(argv, tmp_path, capsys):
     out = tmp_path / "run"
     train.main(argv("--max-steps", 1))
