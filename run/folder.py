@@ -52,30 +52,32 @@ def read_json(path: Path) -> dict:
         raise ValueError(f"{path} is damaged") from None
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+def write_tensors(path: Path, tensors: dict[str, Tensor], about: dict) -> None:
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    text = json.dumps(about)
+    metadata = {"about": text, "sha256": digest(path.name, tensors, text)}
     with atomic_write(path) as temporary:
         try:
-            save_file(tensors, temporary, metadata | {"sha256": digest(tensors, metadata)})
+            save_file(tensors, temporary, metadata)
         except SafetensorError as error:  # a full disk
             raise OSError(f"cannot write {path}: {error}; the old one is kept") from None
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata. ValueError if a byte is not as it was written."""
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict]:
+    """Tensors, and what was said about them. ValueError if a byte, or the file's name, is not as
+    it was written."""
     metadata, tensors = {}, {}
     damage = SafetensorError, RuntimeError, ValueError
     with contextlib.suppress(*damage), safe_open(path, "pt") as file:
         metadata = file.metadata() or {}
         tensors = {name: file.get_tensor(name) for name in file.keys()}
-    if metadata.pop("sha256", None) != digest(tensors, metadata):
+    if metadata.get("sha256") != digest(path.name, tensors, metadata.get("about")):
         raise ValueError(f"{path} is damaged or was not written by us")
-    return tensors, metadata
+    return tensors, json.loads(metadata["about"])
 
 
-def digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
-    """The sha256 of all names, shapes, types, bytes and metadata."""
-    hasher = hashlib.sha256(json.dumps(sorted(metadata.items())).encode())
+def digest(name: str, tensors: dict[str, Tensor], about: str | None) -> str:
+    hasher = hashlib.sha256(f"{name} {about} ".encode())
     for name, tensor in sorted(tensors.items()):
         hasher.update(f"{name} {list(tensor.shape)} {tensor.dtype} ".encode())
         hasher.update(tensor.flatten().view(torch.uint8).numpy())
@@ -146,17 +148,14 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def read_config(out: str | Path) -> dict:
     """The config of the run that left its weights in this folder."""
-    metadata = read_tensors(Path(out) / "trained.safetensors")[1]
-    if "config" not in metadata:
-        raise ValueError(f"{out}/trained.safetensors is not what a run has trained")
-    return json.loads(metadata["config"])
+    return read_tensors(Path(out) / "trained.safetensors")[1]
 
 
 @torch.no_grad()
 def load_trained(out: str | Path, model: nn.Module, file: str = "trained.safetensors"
-                 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Fill what trains in `model`; return the other tensors of the file, and its metadata."""
-    tensors, metadata = read_tensors(Path(out) / file)
+                 ) -> tuple[dict[str, Tensor], dict]:
+    """Fill what trains in `model`; return the file's other tensors, and what it says about them."""
+    tensors, about = read_tensors(Path(out) / file)
     own = {name: p.shape for name, p in trainable(model).items()}
     found = {name: tensor.shape for name, tensor in tensors.items() if " " not in name}
     if own != found:
@@ -164,7 +163,7 @@ def load_trained(out: str | Path, model: nn.Module, file: str = "trained.safeten
                          f"{min(own.items() ^ found.items())[0]}")
     for name in own:
         model.get_parameter(name).copy_(tensors.pop(name))
-    return tensors, metadata
+    return tensors, about
 
 
 class Run:
@@ -204,12 +203,12 @@ class Run:
         """Bring model and optimizer to the saved state. Return False if there is none."""
         self.resume = self.resume and first((self.out / "state.safetensors").exists)
         if self.resume:
-            moments, metadata = load_trained(self.out, model, "state.safetensors")
+            moments, at = load_trained(self.out, model, "state.safetensors")
             for name, moment in moments.items():
                 parameter, key = name.split()  # "up.weight exp_avg"
                 optimizer.state[model.get_parameter(parameter)][key] = moment.to(self.device)
-            log, at = self.out / "metrics.jsonl", json.loads(metadata.get("position", "{}"))
-            if not at or first(os.path.getsize, log) < at["log"]:
+            log = self.out / "metrics.jsonl"
+            if first(os.path.getsize, log) < at["log"]:
                 raise ValueError(f"{log} or state.safetensors is damaged")
             self.step, self.epochs, self.best = at["step"], at["epochs"], at["best"]
             self.began -= at["seconds"]
@@ -242,8 +241,7 @@ class Run:
               "seconds": self.seconds(), "log": first(os.path.getsize, self.out / "metrics.jsonl")}
         moments = {f"{name} {key}": moment for name, p in trainable(model).items()
                    for key, moment in optimizer.state[p].items()}
-        first(write_tensors, self.out / "state.safetensors", trainable(model) | moments,
-              {"position": json.dumps(at)})
+        first(write_tensors, self.out / "state.safetensors", trainable(model) | moments, at)
 
     def end_epoch(self, model: nn.Module, optimizer: torch.optim.Optimizer, val: dict) -> None:
         """Log an epoch's validation scores, keep its weights if they are the best, and save."""
@@ -251,8 +249,7 @@ class Run:
         self.log({"step": self.step, "epoch": self.epochs, "val": val})
         if self.best is None or val["score"] > self.best["val"]["score"]:
             self.best = {"epoch": self.epochs, "val": val}
-            first(write_tensors, self.out / "trained.safetensors", trainable(model),
-                  {"config": json.dumps(self.config)})
+            first(write_tensors, self.out / "trained.safetensors", trainable(model), self.config)
         self.save(model, optimizer)
 
     def finish(self, results: dict) -> dict:

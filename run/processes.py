@@ -61,11 +61,10 @@ def gather(mine: dict) -> dict:
 def first(function: Callable, *arguments):
     """Call a function on rank 0 only. Every process gets its result or error. Do not nest."""
     try:
-        result = [function(*arguments) if rank() == 0 else None]
+        result = function(*arguments) if rank() == 0 else None
     except (ValueError, OSError) as error:
-        result = [error]
-    if dist.is_initialized():
-        dist.broadcast_object_list(result)
-    if isinstance(result[0], Exception):
-        raise result[0]
-    return result[0]
+        result = error
+    result = gather({rank(): result})[0]
+    if isinstance(result, Exception):
+        raise result
+    return result

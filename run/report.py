@@ -16,10 +16,10 @@ from torch.distributed import DistError
 from run.processes import rank, world_size
 
 
-def print0(text: str) -> None:
+def print0(text: str, end: str = "\n") -> None:
     """Print in the first process only."""
     if rank() == 0:
-        print(text, flush=True)
+        print(text, end=end, flush=True)
 
 
 class Progress:
@@ -30,14 +30,13 @@ class Progress:
         self.start, self.tenths = time.time(), 0
 
     def step(self, done: int, detail: str = "") -> None:
-        live, tenths = sys.stdout and sys.stdout.isatty(), 10 * done // self.total
-        if rank() > 0 or not live and tenths == self.tenths:
-            return
-        self.tenths = tenths
         left = int((time.time() - self.start) / (done - self.begin) * (self.total - done))
         line = f"{self.title} {done}/{self.total}  {detail}  {left // 60}:{left % 60:02d} left"
-        line = f"\r{line:<79.79}" if live else line  # of 80 columns
-        print(line, end="" if live and done < self.total else "\n", flush=True)
+        before, self.tenths = self.tenths, 10 * done // self.total
+        if sys.stdout and sys.stdout.isatty():
+            print0(f"\r{line:<79.79}", end="" if done < self.total else "\n")  # of 80 columns
+        elif self.tenths > before:
+            print0(line)
 
 
 def scores(values: dict) -> str:
@@ -101,10 +100,8 @@ def exit_cleanly(run: Callable[[], dict]) -> dict:
             return run()
     except KeyboardInterrupt as stop:
         line, code = "interrupted", 128 + (stop.args or [signal.SIGINT])[0]
-    except (ValueError, OSError) as error:
-        line, code = f"error: {error}", 2
-    except FloatingPointError as error:
-        line, code = f"error: {error}", 1
+    except (ValueError, OSError, FloatingPointError) as error:
+        line, code = f"error: {error}", 1 if isinstance(error, FloatingPointError) else 2
     except (MemoryError, RuntimeError) as error:
         if "MemoryError" in repr(error) or "allocate memory" in str(error):
             line, code = "error: not enough memory: try a smaller --batch-size, or --accumulate", 2
