@@ -90,11 +90,10 @@ def training_step(net: nn.Module, batch: Batch, conventions: Collection[str] = (
         loss.backward()
         for p in trained:
             live.alive[storage_of(p.grad)].kind = "gradients"
-    allocated = "gradients" in conventions or "buckets" in conventions
-    kinds = {"weights": bytes_of(net.parameters()), "gradients": bytes_of(trained) * allocated,
-             "optimizer": 8 * sum(p.numel() for p in trained),
-             "saved_activations": images,  # for the gradient of the visual embedding's projection
-             "temporary": 0}
+    kinds = {"weights": bytes_of(net.parameters()),
+             "gradients": bytes_of(trained) * bool({"gradients", "buckets"} & {*conventions}),
+             "optimizer": 2 * bytes_of(trained), "temporary": 0,
+             "saved_activations": images}  # for the gradient of the visual embedding's projection
     for storage in live.at_peak:
         kinds[storage.kind] += storage.bytes
     saved_by_forward = images + sum(storage.bytes for storage in saved)
@@ -121,6 +120,5 @@ def saved_bytes(run: Callable[[], Tensor], left_out: Iterable[Tensor]) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor), environment():
-        output = run()  # holds the graph, so that no storage is freed and its place counted twice
-    del output
+        _graph = run()  # held to the end: no storage is freed, and its place counted twice
     return sum(size for storage, size in saved.items() if storage not in left_out)

@@ -12,10 +12,8 @@ from side import Gate, SideBlock, side_config
 
 
 def build_layer(config: T5Config, B: int, S: int, D: int | None = None) -> tuple[nn.Module, tuple]:
-    """Return an encoder layer that trains as a whole, and its inputs.
-
-    With D, the backbone's width, it is a side layer with its rung, and `config` a side network's.
-    """
+    """Return an encoder layer that trains as a whole, and its inputs. With D, the backbone's width,
+    it is a side layer with its rung, and `config` a side network's."""
     d, layer = config.d_model, Block(config, is_decoder=False)
     bias, _ = PositionBias(config, is_decoder=False)(S, torch.ones(B, S, dtype=torch.bool))
     h, inputs = torch.randn(B, S, d, requires_grad=True), (None, bias)
@@ -32,17 +30,14 @@ def layer_formula(config: T5Config, B: int, S: int, D: int | None = None) -> lis
     def keep(what: str, *shape: int, why: str, size: int = 4) -> None:
         rows.append({"what": what, "shape": shape, "bytes": math.prod(shape) * size, "why": why})
 
-    def norm(of: str, reader: str) -> None:
-        keep(of, B, S, d, why="gradients of input and weight")
-        keep("1 / rms", B, S, 1, why="the same")
-        keep(f"norm({of})", B, S, d, why=f"gradients of {reader}")
-
     if D is not None:
         keep("h_backbone", B, S, D, why="gradient of down's weight: width D")
         keep("down(h_backbone)", B, S, d, why="gradient of mu")
         keep("h_side", B, S, d, why="gradient of 1 - mu")
         keep("mu, 1 - mu", 2, why="gradients of the two streams")
-    norm("h", "q, k and v's weights")
+    keep("h", B, S, d, why="gradients of input and weight")
+    keep("1 / rms", B, S, 1, why="the same")
+    keep("norm(h)", B, S, d, why="gradients of q, k and v's weights")
     if config.attention == "eager":
         keep("q", B, H, S, K, why="gradient of k")
         keep("k", B, H, K, S, why="gradient of q")
@@ -58,7 +53,9 @@ def layer_formula(config: T5Config, B: int, S: int, D: int | None = None) -> lis
         keep("random state", 2, why="drops the same elements again", size=8)
         keep("context", B, S, H * K, why="gradients of o's weight, softmax")
     keep("dropout mask, o", B, S, d, why="which elements were dropped", size=1)
-    norm("h'", "wi's weight")
+    keep("h'", B, S, d, why="gradients of input and weight")
+    keep("1 / rms", B, S, 1, why="the same")
+    keep("norm(h')", B, S, d, why="gradients of wi's weight")
     keep("dropout mask, wi", B, S, d_ff, why="which elements were dropped", size=1)
     keep("relu", B, S, d_ff, why="gradients of ReLU, wo's weight")
     keep("dropout mask, wo", B, S, d, why="which elements were dropped", size=1)

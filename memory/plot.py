@@ -1,5 +1,5 @@
 """Stacked bars and curves as SVG, for light and dark pages."""
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from html import escape
 from math import ceil
 from pathlib import Path
@@ -30,13 +30,11 @@ def stroke(kind: str, path: str) -> str:
     return f'<path class="{kind}" d="{path}"/>'
 
 
-def x_axis(marks: Sequence[float], left: int, unit: float, bottom: int) -> list[str]:
-    parts = []
+def x_axis(marks: Sequence[float], left: int, unit: float, bottom: int) -> Iterator[str]:
     for mark in marks:
         x = left + mark * unit
-        parts += [stroke("grid", f"M{x:.1f} {TOP} V{bottom}"),
-                  text(x, bottom + 16, f"{mark:g}", "middle")]
-    return parts
+        yield stroke("grid", f"M{x:.1f} {TOP} V{bottom}")
+        yield text(x, bottom + 16, f"{mark:g}", "middle")
 
 
 def save(file: str | Path, title: str, names: Sequence[str], parts: Sequence[str],
@@ -57,7 +55,7 @@ def stacked_bars(file: str | Path, title: str, kinds: Sequence[str],
     left, bottom = 245, TOP + 24 * len(bars)
     marks = ticks(max(max(sum(values), mark or 0) for _, values, mark in bars))
     unit = (RIGHT - left) / marks[-1]
-    parts = x_axis(marks, left, unit, bottom)
+    parts = [*x_axis(marks, left, unit, bottom)]
     for y, (label, values, mark) in zip(range(TOP + 12, bottom, 24), bars):
         parts.append(text(left - 8, y + 4, label, "end"))
         x = left
@@ -76,8 +74,8 @@ def curve(file: str | Path, title: str, x_label: str,
     x_marks, y_marks = (ticks(max(point[i] for _, points in lines for point in points))
                         for i in (0, 1))
     x_unit, y_unit = (RIGHT - left) / x_marks[-1], (bottom - TOP) / y_marks[-1]
-    parts = x_axis(x_marks, left, x_unit, bottom)
-    parts.append(text((left + RIGHT) / 2, bottom + 34, x_label, "middle"))
+    parts = [text((left + RIGHT) / 2, bottom + 34, x_label, "middle"),
+             *x_axis(x_marks, left, x_unit, bottom)]
     for mark in y_marks:
         y = bottom - mark * y_unit
         parts += [stroke("grid", f"M{left} {y:.1f} H{RIGHT}"),

@@ -1,6 +1,7 @@
 """What bench_memory.py tells beside Section 3.1 and Table 1; a case is one of its steps."""
 import bisect
 import gc
+import itertools
 import os
 import statistics
 import timeit
@@ -38,16 +39,11 @@ def count_all(cases: Sequence, count: Callable[..., dict]) -> list[dict]:
 
 def show_cases(args: Namespace, title: str, cases: Sequence) -> list[dict]:
     """Count a step of each case. Print its numbers, then its bar; draw the bars with --plot."""
-    cuda = args.device == "cuda"
-
-    def count(case) -> dict:
-        row = case.account()
+    rows, cuda = count_all(cases, lambda case: case.account()), args.device == "cuda"
+    for case, row in zip(cases, rows):
         if cuda and not case.conventions:
             with suppress(torch.OutOfMemoryError):  # then it prints 0
                 row["measured_peak"] = measured_peak(case)
-        return row
-
-    rows = count_all(cases, count)
     width = max(len(row["label"]) for row in rows)
     unit = (50 - width - 7 * cuda) / max(row["peak"] for row in rows)
     print(f"\n{title}\nunits of 1000 MiB; inference at batch 1\n\n"
@@ -100,14 +96,10 @@ def fits(args: Namespace, cases: Sequence) -> dict:
 
     def largest(case) -> dict:
         with torch.device("meta"):
-            net, high = case.build(), 16
-
-            def peak(B: int) -> int:
-                return account.training_step(net, case.make_batch(B))["peak"]
-
-            while peak(high) <= limit:
-                high *= 4
-            return {"largest_batch": bisect.bisect_right(range(1, high), limit, key=peak)}
+            net = case.build()
+            peak = lambda B: account.training_step(net, case.make_batch(B))["peak"]
+            too_many = next(4**i for i in itertools.count(2) if peak(4**i) > limit)
+            return {"largest_batch": bisect.bisect_right(range(1, too_many), limit, key=peak)}
 
     rows = count_all(cases, largest)
     print(f"\nthe largest batch in {args.fits} GB of 2^30 bytes, source {S}, target {T}, "
@@ -117,12 +109,13 @@ def fits(args: Namespace, cases: Sequence) -> dict:
     return {"rows": rows}
 
 
-def step_of(net: nn.Module, batch: account.Batch) -> Callable[[], None]:
-    """A training step as in train.py."""
+def step_of(net: nn.Module, batch: account.Batch) -> Callable[..., None]:
+    """A training step as in train.py: step(checkpoint=False)."""
     trained = [p for p in net.train().parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-6, weight_decay=0.0, fused=True)
 
-    def step() -> None:
+    def step(checkpoint: bool = False) -> None:
+        net.encoder.checkpoint = net.decoder.checkpoint = checkpoint
         account.loss_of(net, batch).backward()
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
@@ -138,7 +131,7 @@ def measured_peak(case) -> int:
         step = step_of(case.build(), case.make_batch())
     reset_peak("cuda")
     for _ in range(3):
-        step()
+        step(case.checkpoint)
     return peak_memory("cuda")[0]
 
 
@@ -148,15 +141,9 @@ def show_time(args: Namespace, cases: Sequence) -> dict:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # memory in huge pages, as in train.py
     batch, nets = cases[0].make_batch(), {case.name: case.build() for case in cases}
     steps = {name: step_of(net, batch) for name, net in nets.items()}
-
-    def step(name: str, checkpoint: bool) -> None:
-        nets[name].encoder.checkpoint = nets[name].decoder.checkpoint = checkpoint
-        steps[name]()
-
     forward = partial(account.loss_of, nets["LST"].backbone, batch)
-    runs = {"the backbone's forward pass": torch.no_grad()(forward)}
-    runs |= {name: partial(step, name, False) for name in nets}
-    runs |= {f"{name}, checkpointing": partial(step, name, True) for name in nets}
+    runs = {"the backbone's forward pass": torch.no_grad()(forward), **steps}
+    runs |= {f"{name}, checkpointing": partial(step, True) for name, step in steps.items()}
     seconds, turns = {name: [] for name in runs}, list(runs) * 3
     progress = Progress("turns", len(turns))
     for turn, name in enumerate(turns, 1):

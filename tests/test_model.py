@@ -17,6 +17,7 @@ from fixtures.make_t5 import (BUCKETS, CONFIGS, FIXTURES, MAX_NEW_TOKENS, V1_1, 
                               random_inputs, random_reference, until_end)
 from model import (CLIPT5, NAMES, NANO, PUBLIC, T5, Generates, NotThere, PositionBias, T5Config,
                    load_t5, load_tokenizer, rename, save_t5)
+from workshop import set_config
 
 PUBLIC_NAMES = {ours: theirs for theirs, ours in NAMES.items() if ours}
 SAVED = ["t5-transformers4/tied", "t5-transformers4/own-head", "t5-transformers5/tied",
@@ -304,11 +305,6 @@ def folder_with(folder, weights=None, **changes):
         save_file(state, folder / "new.safetensors")
         os.replace(folder / "new.safetensors", folder / WEIGHTS)
     return folder
-
-
-def set_config(folder, **changes):
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 @pytest.mark.parametrize("kind", KINDS)

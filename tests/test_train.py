@@ -20,38 +20,10 @@ from model import NANO, SENTINELS, T5, T5Config, load_t5, save_t5
 from run import report
 from run.folder import trainable
 from side import LadderT5
-from workshop import ROOT, WIDTHS, contents, logged, refused, without
+from workshop import ROOT, WIDTHS, contents, interrupt_at, logged, refused, spy, without
 
 slow = pytest.mark.slow
 BATCH = (torch.tensor([[5, 6, 7, 1]]), torch.ones(1, 4, dtype=torch.bool), torch.tensor([[0, 9]]))
-
-
-def calls(monkeypatch, name, on_call):
-    """train.<name> runs on_call(number, *arguments) first, from 1; what that returns, if anything,
-    is the result."""
-    original, count = getattr(train, name), 0
-
-    def counted(*arguments):
-        nonlocal count
-        count += 1
-        instead = on_call(count, *arguments)
-        return original(*arguments) if instead is None else instead
-
-    monkeypatch.setattr(train, name, counted)
-
-
-def interrupt_at(number):
-    def on_call(count, *_):
-        if count == number:
-            raise KeyboardInterrupt
-    return on_call
-
-
-def models_of(monkeypatch):
-    """A list that fills with the models that are evaluated."""
-    models = []
-    calls(monkeypatch, "evaluate", lambda count, model, *_: models.append(model))
-    return models
 
 
 def trained(out):
@@ -141,10 +113,10 @@ def test_what_is_printed_fits_80_columns(argv, tmp_path, monkeypatch, capsys):
 # ------------------------------------------------------------------------------ Sec. 3.1: frozen
 
 def test_the_backbone_stays_byte_identical_and_is_not_saved(argv, monkeypatch, backbone, tmp_path):
-    models = models_of(monkeypatch)
+    evaluated = spy(monkeypatch, train, "evaluate")
     train.main(argv("--lr", "1e-2"))
     for name, p in load_t5(backbone).named_parameters():
-        after = models[-1].backbone.get_parameter(name)
+        after = evaluated[-1][0].backbone.get_parameter(name)
         assert torch.equal(p, after) and after.grad is None, name
     names = {name for name, _ in LadderT5(load_t5(backbone), r=4).named_parameters()}
     assert trained(tmp_path / "run").keys() == {n for n in names if not n.startswith("backbone.")}
@@ -167,10 +139,10 @@ def test_a_run_loads_back_to_its_score(learned, glue):
         "--method bitfit --freeze 1", "--dtype bf16", "--gates shut", "--keep 1", "--checkpoint",
         "--method adapters --dtype bf16", "--method lora --checkpoint", "--prompts t5"))])
 def test_each_kind_of_run_loads_back_to_its_logits(argv, tmp_path, monkeypatch, more):
-    models = models_of(monkeypatch)
+    evaluated = spy(monkeypatch, train, "evaluate")
     train.main(argv("--lr", "1e-2", *more.split()))
     model, _ = train.load(tmp_path / "run")
-    assert torch.equal(model(*BATCH), models[-1].eval()(*BATCH))
+    assert torch.equal(model(*BATCH), evaluated[-1][0].eval()(*BATCH))
 
 
 # ------------------------------------------------------------------------------------------- loop
@@ -222,7 +194,7 @@ def test_an_epoch_takes_every_row_once_and_each_step_starts_without_gradients(ar
         sizes.append(len(batch.labels))
         left.extend(p for p in model.parameters() if p.grad is not None)
 
-    calls(monkeypatch, "loss_of", look)
+    spy(monkeypatch, train, "loss_of", look)
     train.main(argv("--max-train-rows", 37))
     assert sorted(sizes) == [5, 16, 16] and not left
 
@@ -236,7 +208,7 @@ def test_the_first_best_epoch_is_kept_and_tested(argv, monkeypatch, scores, best
         value = scores[count - 1]
         return {"accuracy": value, "score": value, "invalid": 0, "undefined": 0}
 
-    calls(monkeypatch, "evaluate", score)
+    spy(monkeypatch, train, "evaluate", score)
     results = train.main(argv("--epochs", len(scores) - 1))
     assert results["best_epoch"] == best
     assert (results["val"]["score"], results["test"]["score"]) == (scores[best - 1], 33)
@@ -245,14 +217,9 @@ def test_the_first_best_epoch_is_kept_and_tested(argv, monkeypatch, scores, best
 
 
 def test_dropout_is_on_in_training_and_off_where_the_model_answers(argv, monkeypatch):
-    modes, steps, original = [], [], LadderT5.generate
-
-    def generate(self, *inputs, **settings):
-        modes.append(self.training)
-        return original(self, *inputs, **settings)
-
-    monkeypatch.setattr(LadderT5, "generate", generate)
-    calls(monkeypatch, "loss_of", lambda count, model, batch: steps.append(model.training))
+    modes, steps = [], []
+    spy(monkeypatch, LadderT5, "generate", lambda count, model, *_: modes.append(model.training))
+    spy(monkeypatch, train, "loss_of", lambda count, model, batch: steps.append(model.training))
     train.main(argv("--epochs", 2))
     assert modes and not any(modes) and all(steps) and len(steps) == 4
 
@@ -268,7 +235,7 @@ def test_a_nan_loss_stops_the_run_and_leaves_the_last_good_files(argv, tmp_path,
             good.update(contents(out))
             return torch.tensor(float("nan"), requires_grad=True)
 
-    calls(monkeypatch, "loss_of", spoil)
+    spy(monkeypatch, train, "loss_of", spoil)
     refused(capsys, argv("--epochs", 3, "--lr", 0.006, "--warmup-steps", 2), "nan", "step 4",
             "learning rate 4.50e-03", "--lr", code=1)
     now = contents(out)
@@ -282,7 +249,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run(argv, tmp_path, monkeypatch
         weight = next(p for p in model.parameters() if p.requires_grad)
         return 1 + (weight.sum() * 0).sqrt()
 
-    calls(monkeypatch, "loss_of", spoil)
+    spy(monkeypatch, train, "loss_of", spoil)
     refused(capsys, argv("--max-steps", 1), "step 1", code=1)
     assert not (tmp_path / "run" / "trained.safetensors").exists()
 
@@ -300,7 +267,7 @@ def test_constant_answers_get_a_warning(argv, monkeypatch, capsys):
     ("evaluate", 4, 6, "is kept in")])  # the fourth time is the test
 def test_ctrl_c_ends_with_one_line_and_says_what_is_kept(argv, tmp_path, monkeypatch, capsys, name,
                                                          number, steps, kept):
-    calls(monkeypatch, name, interrupt_at(number))
+    spy(monkeypatch, train, name, interrupt_at(number))
     with pytest.raises(SystemExit) as stop:
         train.main(argv("--epochs", 3))
     said, out = capsys.readouterr(), tmp_path / "run"
@@ -318,14 +285,13 @@ def test_ctrl_c_ends_with_one_line_and_says_what_is_kept(argv, tmp_path, monkeyp
 def test_ctrl_c_during_the_fisher_pass_leaves_everything_as_it_was(argv, tmp_path, monkeypatch,
                                                                    capsys):
     train.main(argv("--max-steps", 1))
-    before, original = contents(tmp_path / "run"), report.Progress.step
+    before = contents(tmp_path / "run")
 
-    def step(self, done, detail=""):
-        if "Fisher" in self.title:
+    def stop_fisher(count, progress, *_):
+        if "Fisher" in progress.title:
             raise KeyboardInterrupt
-        original(self, done, detail)
 
-    monkeypatch.setattr(report.Progress, "step", step)
+    spy(monkeypatch, report.Progress, "step", stop_fisher)
     for more in (("--overwrite",), ("--out", tmp_path / "new")):
         with pytest.raises(SystemExit) as stop:
             train.main(argv("--init", "fisher", *more))
@@ -338,7 +304,7 @@ def test_ctrl_c_in_an_overwriting_run_leaves_the_old_weights_or_none(argv, tmp_p
     train.main(argv("--max-steps", 1))
     path = tmp_path / "run" / "trained.safetensors"
     old = path.read_bytes()
-    calls(monkeypatch, "loss_of", interrupt_at(1))
+    spy(monkeypatch, train, "loss_of", interrupt_at(1))
     with pytest.raises(SystemExit):
         train.main(argv("--seed", 1, "--overwrite"))
     said = capsys.readouterr().out
@@ -426,7 +392,7 @@ def test_runs_that_start_together_do_not_share_a_folder(argv, tmp_path, monkeypa
         if count == 1:
             train.main(another)
 
-    calls(monkeypatch, "initialize", start_another)
+    spy(monkeypatch, train, "initialize", start_another)
     train.main(another)
     folders = sorted((tmp_path / "runs").iterdir())
     assert [(folder / "results.json").is_file() for folder in folders] == [True, True]
@@ -436,7 +402,7 @@ def test_runs_that_start_together_do_not_share_a_folder(argv, tmp_path, monkeypa
 def test_an_out_that_cannot_be_a_folder_is_refused_before_the_fisher_pass(argv, tmp_path, capsys,
                                                                          monkeypatch, out):
     (tmp_path / "a file").write_text("text\n")
-    calls(monkeypatch, "initialize", lambda *_: pytest.fail("minutes of work for no folder"))
+    spy(monkeypatch, train, "initialize", lambda *_: pytest.fail("minutes of work for no folder"))
     refused(capsys, argv("--out", tmp_path / out), str(tmp_path / out))
     assert (tmp_path / "a file").read_text() == "text\n"
 

@@ -36,12 +36,22 @@ def backbone(tmp_path_factory):
     labels = [word for task in data.TASKS.values() for word in task.words]
     tags = "sentence1: sentence2: question: question1: question2: premise: hypothesis:"
     text += [*labels, *"0123456789", "0.0 1.5 2.4", tags] * 3
-    spm.SentencePieceTrainer.train(
-        sentence_iterator=iter(text), model_prefix=folder / "spiece", vocab_size=200, pad_id=0,
-        hard_vocab_limit=False, character_coverage=1, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2)
+    return fill_backbone(folder, text, vocab_size=200)
+
+
+def fill_backbone(folder, text, vocab_size):
+    """Learn a tokenizer from the text, and put a tiny random T5 beside it."""
+    learn_tokenizer(folder, text, vocab_size)
     torch.manual_seed(0)
     save_t5(T5(T5Config(vocab_size=load_tokenizer(folder).vocab_size + 3, **WIDTHS)), folder)
     return folder
+
+
+def learn_tokenizer(folder, text, vocab_size):
+    spm.SentencePieceTrainer.train(
+        sentence_iterator=iter(text), model_prefix=folder / "spiece", vocab_size=vocab_size,
+        hard_vocab_limit=False, character_coverage=1, pad_id=0, eos_id=1, unk_id=2, bos_id=-1,
+        minloglevel=2)
 
 
 @pytest.fixture(scope="session")
@@ -93,6 +103,32 @@ def put(folder, name, content, lines=False):
         content = "".join(json.dumps(row) + "\n" for row in rows).encode()
     (folder / name).write_bytes(content)
     return folder
+
+
+def spy(patch, owner, name, on_call=lambda number, *arguments: None):
+    """The arguments of every call of owner.<name>, as a list that grows. on_call(number from 1,
+    *arguments) comes first; what it returns, if anything, is the result."""
+    original, calls = getattr(owner, name), []
+
+    def spying(*arguments, **named):
+        calls.append(arguments)
+        instead = on_call(len(calls), *arguments)
+        return original(*arguments, **named) if instead is None else instead
+
+    patch.setattr(owner, name, spying)
+    return calls
+
+
+def interrupt_at(number):
+    def on_call(count, *_):
+        if count == number:
+            raise KeyboardInterrupt
+    return on_call
+
+
+def set_config(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def without(option, argv):

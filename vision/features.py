@@ -36,8 +36,7 @@ def find_images(folder: str | Path, keys: Iterable[str]) -> dict[str, Path]:
     """Return {key: <key>.jpg, .png, ... below the folder}. ValueError: one of `keys` is missing."""
     paths = (Path(folder, name) for name in iglob("**", root_dir=folder, recursive=True))
     found = {path.stem: path for path in paths if path.suffix.lower() in ENDINGS}
-    missing = sorted(set(keys) - found.keys())
-    if missing:
+    if missing := sorted(set(keys) - found.keys()):
         raise ValueError(f"{len(missing)} pictures are not below {folder}, among them "
                          f"{missing[0]}.jpg (or {', '.join(ENDINGS[1:])}); put them there")
     return found

@@ -142,9 +142,8 @@ def refer(scene: Scene, rng: random.Random, without: str = "") -> Iterator[tuple
     """Yield objects with a name of their own, one of the shortest, not telling `without`."""
     count = tally(scene)
     for o in scene.objects:
-        own = [name for name in names(o.size, o.color, o.shape)
-               if count[name] == 1 and not (without and getattr(o, without) in name)]
-        if own:
+        if own := [name for name in names(o.size, o.color, o.shape)
+                   if count[name] == 1 and not (without and getattr(o, without) in name)]:
             yield o, pick(rng, [n for n in own if n.count(" ") == own[0].count(" ")])
 
 

@@ -54,8 +54,7 @@ class Task:
         homes = [folder, *(folder / name for name in self.folders)]
         paths = [next(filter(Path.is_file, (home / name for home in homes)), folder / name)
                  for name in self.files]
-        missing = [path.name for path in paths if not path.is_file()]
-        if missing:
+        if missing := [path.name for path in paths if not path.is_file()]:
             raise ValueError(f"{self.name} needs {' and '.join(missing)} in {folder}")
         parts, skipped = self.read(paths)
         if not all(parts):

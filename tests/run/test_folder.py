@@ -22,7 +22,7 @@ from torch import nn
 import train
 from run import folder
 from run.report import exit_cleanly, versions
-from workshop import contents, logged, refused, without, write
+from workshop import contents, logged, refused, set_config, without, write
 
 pytestmark = pytest.mark.usefixtures("children")
 CONFIG = {"task": "toy", "model": "here", "lr": 0.1, "seed": 0, "keep": [1, 2]}
@@ -232,8 +232,7 @@ def killed(trained, tmp_path_factory):
 ], ids=lambda part: " ".join(part)[:20])
 def test_train_goes_on_only_as_it_began(trained, killed, backbone, tmp_path, capsys, more, words):
     other = shutil.copytree(backbone, tmp_path / "other")
-    config = json.loads((other / "config.json").read_text()) | {"dropout_rate": 0.2}
-    (other / "config.json").write_text(json.dumps(config))
+    set_config(other, dropout_rate=0.2)
     more, before = [part.format(other=other) for part in more], contents(killed)
     refused(capsys, [*trained[0], "--out", str(killed), *more], *words)
     assert contents(killed) == before

@@ -4,13 +4,12 @@ import re
 import shutil
 
 import pytest
-import sentencepiece as spm
 import torch
 from safetensors.torch import load_file, save_file
 
 import train
 from model import T5, T5Config, save_t5
-from workshop import SENTENCES, refused
+from workshop import SENTENCES, learn_tokenizer, refused, set_config
 
 
 def ask(out, text="a film"):
@@ -96,15 +95,11 @@ def other_weights(copy):
 
 
 def other_config(copy):  # fits the weights and means another model
-    config = json.loads((copy / "config.json").read_text())
-    (copy / "config.json").write_text(json.dumps(config | {"layer_norm_epsilon": 0.9}))
+    set_config(copy, layer_norm_epsilon=0.9)
 
 
 def other_tokenizer(copy):
-    spm.SentencePieceTrainer.train(
-        sentence_iterator=iter([text for text, _ in SENTENCES] * 3), vocab_size=50,
-        model_prefix=str(copy / "spiece"), hard_vocab_limit=False, pad_id=0, eos_id=1, unk_id=2,
-        bos_id=-1, minloglevel=2)
+    learn_tokenizer(copy, [text for text, _ in SENTENCES] * 3, vocab_size=50)
 
 
 @pytest.mark.parametrize("change", [other_weights, other_config, other_tokenizer])

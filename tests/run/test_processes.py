@@ -19,7 +19,7 @@ import train
 from model import load_t5
 from run import processes, report
 from side import LadderT5
-from workshop import ROOT, logged
+from workshop import ROOT, logged, set_config
 
 pytestmark = pytest.mark.usefixtures("children")
 slow = pytest.mark.slow
@@ -54,8 +54,7 @@ def together(tmp_path, function, *arguments, code=0):
 @pytest.fixture(scope="module")
 def quiet(backbone, tmp_path_factory):  # without dropout
     folder = shutil.copytree(backbone, tmp_path_factory.mktemp("quiet") / "backbone")
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"dropout_rate": 0.0}))
+    set_config(folder, dropout_rate=0.0)
     return folder
 
 

@@ -10,7 +10,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import sentencepiece as spm
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
@@ -18,7 +17,7 @@ from safetensors.torch import load_file, save_file
 import data
 import train
 from methods import METHODS
-from model import EOS, T5, T5Config, load_t5, load_tokenizer, save_t5
+from model import EOS, load_t5, load_tokenizer
 from run import tasks
 from run.options import parse
 from run.settings import fill_defaults
@@ -26,7 +25,7 @@ from side import LadderT5
 from vision import features, scenes
 from vision.tasks import TASKS, Question, Task
 import vision.tasks
-from workshop import ROOT, WIDTHS, contents, logged, put, refused
+from workshop import ROOT, contents, fill_backbone, interrupt_at, logged, put, refused, spy
 
 sys.path.append(str(ROOT / "tests" / "run"))
 from test_folder import what_counts  # noqa: E402
@@ -48,13 +47,7 @@ def t5(tmp_path_factory):
         for row in scenes.examples(task, "train", 60):
             text += [row.text] if row.text else []
             text += [row.answer] if isinstance(row.answer, str) else row.answer
-    spm.SentencePieceTrainer.train(
-        sentence_iterator=iter(text), model_prefix=str(folder / "spiece"), vocab_size=300,
-        hard_vocab_limit=False, character_coverage=1.0, pad_id=0, eos_id=1, unk_id=2, bos_id=-1,
-        minloglevel=2)
-    torch.manual_seed(0)
-    save_t5(T5(T5Config(vocab_size=load_tokenizer(folder).vocab_size + 3, **WIDTHS)), folder)
-    return folder
+    return fill_backbone(folder, text, vocab_size=300)
 
 
 def prepare(patch, cache):
@@ -80,24 +73,10 @@ def argv(t5, tmp_path):
     return lambda *more: command(t5, tmp_path / "run", *more)
 
 
-def spy(patch, owner, name, stop=None):
-    """The arguments of every call of owner.<name>, as a list that grows; `stop`: to this call."""
-    original, calls = getattr(owner, name), []
-
-    def spying(*arguments, **named):
-        calls.append(arguments)
-        if len(calls) == stop:
-            raise KeyboardInterrupt
-        return original(*arguments, **named)
-
-    patch.setattr(owner, name, spying)
-    return calls
-
-
 def cut_off(monkeypatch, argv, number):
     """The run is interrupted while it computes the loss of this step, counting from 1."""
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        spy(patch, train, "loss_of", stop=number)
+        spy(patch, train, "loss_of", interrupt_at(number))
         train.main(argv)
 
 
