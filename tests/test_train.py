@@ -16,7 +16,7 @@ import data
 import methods
 import prune
 import train
-from model import NANO, SENTINELS, T5, T5Config, load_t5, save_t5
+from model import SENTINELS, T5, T5Config, load_t5, save_t5
 from run import report
 from run.folder import trainable
 from side import LadderT5

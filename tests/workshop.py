@@ -31,12 +31,11 @@ def children():
 @pytest.fixture(scope="session")
 def backbone(tmp_path_factory):
     """A folder with a tiny random T5, and a tokenizer for SENTENCES and every label."""
-    folder = tmp_path_factory.mktemp("backbone")
     text = [f"{task} sentence: {sentence}" for task in data.TASKS for sentence, _ in SENTENCES]
     labels = [word for task in data.TASKS.values() for word in task.words]
     tags = "sentence1: sentence2: question: question1: question2: premise: hypothesis:"
     text += [*labels, *"0123456789", "0.0 1.5 2.4", tags] * 3
-    return fill_backbone(folder, text, vocab_size=200)
+    return fill_backbone(tmp_path_factory.mktemp("backbone"), text, vocab_size=200)
 
 
 def fill_backbone(folder, text, vocab_size):

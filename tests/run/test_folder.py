@@ -338,7 +338,10 @@ def test_weights_that_do_not_fit_are_refused(cut):
     assert folder.read_config(cut) == CONFIG
     with pytest.raises(ValueError, match=r"trained.safetensors does not fit, for example 1.weight"):
         folder.load_trained(cut, toy_model(width=4)[0])
-    save_file({"x": torch.ones(1)}, cut / "trained.safetensors", metadata={"config": "{}"})
+    shutil.copy(cut / "state.safetensors", cut / "trained.safetensors")
+    with pytest.raises(ValueError, match="was not written by us"):  # not under this name
+        folder.read_config(cut)
+    save_file({"x": torch.ones(1)}, cut / "trained.safetensors", metadata={"about": "{}"})
     with pytest.raises(ValueError, match="was not written by us"):  # it has no checksum
         folder.read_config(cut)
 

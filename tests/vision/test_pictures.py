@@ -41,13 +41,13 @@ needs_pillow = pytest.mark.skipif(importlib.util.find_spec("PIL") is None, reaso
 @pytest.fixture(scope="session")
 def t5(tmp_path_factory):
     """A folder with a tiny random T5, and a tokenizer that knows the words about scenes."""
-    folder, text = tmp_path_factory.mktemp("t5"), []
+    text = []
     for task in TABLE_3:
         text.append(TASKS[task].prompt + "what is it?")
         for row in scenes.examples(task, "train", 60):
             text += [row.text] if row.text else []
             text += [row.answer] if isinstance(row.answer, str) else row.answer
-    return fill_backbone(folder, text, vocab_size=300)
+    return fill_backbone(tmp_path_factory.mktemp("t5"), text, vocab_size=300)
 
 
 def prepare(patch, cache):
