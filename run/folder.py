@@ -53,6 +53,7 @@ def read_json(path: Path) -> dict:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], about: dict) -> None:
+    """about: what is to be known of them, as JSON holds it."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     text = json.dumps(about)
     metadata = {"about": text, "sha256": digest(path.name, tensors, text)}
@@ -64,8 +65,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], about: dict) -> None:
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict]:
-    """Tensors, and what was said about them. ValueError if a byte, or the file's name, is not as
-    it was written."""
+    """Tensors and what is said about them. ValueError: a byte or the name is not as written."""
     metadata, tensors = {}, {}
     damage = SafetensorError, RuntimeError, ValueError
     with contextlib.suppress(*damage), safe_open(path, "pt") as file:
@@ -76,8 +76,9 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict]:
     return tensors, json.loads(metadata["about"])
 
 
-def digest(name: str, tensors: dict[str, Tensor], about: str | None) -> str:
-    hasher = hashlib.sha256(f"{name} {about} ".encode())
+def digest(file: str, tensors: dict[str, Tensor], about: str | None) -> str:
+    """The sha256 of the file's name, what it says, and all names, shapes, types and bytes."""
+    hasher = hashlib.sha256(f"{file} {about} ".encode())
     for name, tensor in sorted(tensors.items()):
         hasher.update(f"{name} {list(tensor.shape)} {tensor.dtype} ".encode())
         hasher.update(tensor.flatten().view(torch.uint8).numpy())
