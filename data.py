@@ -93,8 +93,9 @@ class Task:
 
     def encode(self, examples: Sequence[Example], tokenizer: Tokenizer, longest=128) -> list[Row]:
         """Return token ids, each text with its end token; a source is cut to `longest`."""
+        targets = {text: tokenizer.encode(text) + [EOS] for text in {e.target for e in examples}}
         return [Row(tokenizer.encode(example.source)[:longest - 1] + [EOS],
-                    tokenizer.encode(example.target) + [EOS]) for example in examples]
+                    targets[example.target]) for example in examples]
 
     def draw(self, rows: list[Row], seed: int, step: int) -> list[Row]:
         return rows  # texts have one target each
@@ -254,9 +255,8 @@ def split(validation: str, train: list, dev: list, mismatched: list = (), most: 
     """Return (train, val, test), shuffled as the authors do. Dev tests: test labels are secret."""
     if validation == "mismatched":
         return train, mismatched, dev
-    half = validation == "half of dev"
-    size = len(dev) // 2 if half else min(most, max(1, len(train) // 10))
-    rows, generator = dev if half else train, torch.Generator().manual_seed(DATA_SEED)
+    half, generator = validation == "half of dev", torch.Generator().manual_seed(DATA_SEED)
+    rows, size = (dev, len(dev) // 2) if half else (train, min(most, max(1, len(train) // 10)))
     rows = [rows[i] for i in torch.randperm(len(rows), generator=generator).tolist()]
     return (train, rows[:size], rows[size:]) if half else (rows[size:], rows[:size], dev)
 

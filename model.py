@@ -21,6 +21,7 @@ from collections.abc import Collection
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -528,8 +529,7 @@ def load_t5(model: str | Path, device: str | torch.device = "cpu",
     """A T5 with the weights of a folder or of a public name, strictly loaded, in eval mode.
 
     dropout: in place of the config's rate. channels: C of CLIP's grids; then it is a CLIPT5, whose
-    visual embedding starts at random. Nothing is held twice: parameters are built on the meta
-    device and take the file's tensors. ValueError: float16, an unknown name, files that do not fit.
+    visual embedding starts at random. ValueError: float16, an unknown name, files that do not fit.
     """
     if dtype == torch.float16:
         raise ValueError("float16: T5's activations overflow it; choose float32 or bfloat16")
@@ -545,7 +545,7 @@ def load_t5(model: str | Path, device: str | torch.device = "cpu",
     config = replace(config, tie_word_embeddings=tied and "lm_head.weight" not in weights,
                      attention=attention, checkpoint=checkpoint,
                      dropout_rate=config.dropout_rate if dropout is None else dropout)
-    with torch.device("meta"):
+    with torch.device("meta"), patch("torch.nn.init.normal_"):  # it takes the file's tensors
         t5 = T5(config) if channels is None else CLIPT5(config, channels)
     state = {rename(name, NAMES): tensor.to(device, dtype) for name, tensor in weights.items()}
     state.pop(None, None)

@@ -28,13 +28,14 @@ import prune
 from data import Batch, Row, in_order
 from model import Tokenizer, load_t5, load_tokenizer
 from run import kernels, processes, report
+from run.cache import kept_states
 from run.folder import Run, load_trained, read_config, trainable
 from run.options import DTYPES, parse
 from run.predict import draw, predict
 from run.report import print0
-from run.settings import announce, check_frozen, conclude, load_data, run_of
+from run.settings import announce, check_frozen, conclude, load_data, run_of, states_of
 from run.sweep import run_all
-from run.tasks import TASKS, Rows, average, batches, collate, has_pictures, some
+from run.tasks import TASKS, Rows, average, batches, collate, encode, has_pictures, some
 from side import LadderT5
 from vision.clip import load_clip
 from vision.features import Features, clip_features
@@ -74,11 +75,9 @@ def loss_of(model: nn.Module, batch: Batch) -> Tensor:
     # ours is over all label tokens, as with text.
     logits = model(batch.source_ids, batch.source_mask, batch.decoder_ids, batch.decoder_mask,
                    batch.images)  # (B, T, V)
-    loss = F.cross_entropy(logits.flatten(0, 1).float(), batch.labels.flatten(), ignore_index=-100,
-                           reduction="sum" if batch.weights is None else "none")
-    if batch.weights is None:
-        return loss
-    return loss.view_as(batch.labels).sum(dim=1) @ batch.weights
+    loss = F.cross_entropy(logits.flatten(0, 1).float(), batch.labels.flatten(), reduction="none")
+    loss = loss.view_as(batch.labels).sum(dim=1)  # (B), padding counts 0
+    return loss.sum() if batch.weights is None else loss @ batch.weights
 
 
 def backward(model: nn.Module, rows: list[Row], args: argparse.Namespace,
@@ -139,8 +138,8 @@ def evaluate(model: nn.Module, tokenizer: Tokenizer, args: argparse.Namespace,
 
 # -------------------------------------------------------------------------------------------- main
 
-def train(args: argparse.Namespace, out: Path) -> dict:
-    """One run in the folder `out`, from its options to what its results.json holds."""
+def train(args: argparse.Namespace, out: Path, shared: dict) -> dict:
+    """One run in the folder `out`: what its results.json holds. shared: by a command's runs."""
     began = time.time()
     seed_everything(args.seed)
 
@@ -148,7 +147,7 @@ def train(args: argparse.Namespace, out: Path) -> dict:
     datasets, tokenizer = load_data(args), load_tokenizer(args.model)
     rows, val, test = ({name: getattr(dataset, part) for name, dataset in datasets.items()}
                        for part in ("train", "val", "test"))
-    rows = {name: TASKS[name].encode(examples, tokenizer) for name, examples in rows.items()}
+    rows, answered = encode(rows, tokenizer), encode(val, tokenizer)
 
     # model: the backbone and what the method trains
     model = build(args)
@@ -156,9 +155,9 @@ def train(args: argparse.Namespace, out: Path) -> dict:
     results = announce(args, model, datasets)
 
     # optimizer, and where the run begins
-    optimizer = torch.optim.AdamW(trainable(model).values(), args.lr, (0.9, args.beta2),
-                                  args.epsilon, args.weight_decay, fused=True)
-    run = run_of(args, out, datasets, began)
+    optimizer = kernels.AdamW(trainable(model).values(), args.lr, (0.9, args.beta2),
+                              args.epsilon, args.weight_decay, fused=True)
+    run = run_of(args, out, datasets, began, shared)
     if run.results:
         print0(f"the run in {out} has ended, nothing is left to do")
         return run.results
@@ -171,7 +170,8 @@ def train(args: argparse.Namespace, out: Path) -> dict:
 
     # loop, then test
     try:
-        fit(args, run, model, optimizer, tokenizer, rows, val, features)
+        with kept_states(model, states_of(args, model, rows, answered, shared)) as results["cache"]:
+            fit(args, run, model, optimizer, tokenizer, rows, val, features)
         load_trained(out, model)  # the best epoch. Paper: with pictures the authors test the last
         results["test"] = evaluate(model, tokenizer, args, test, features)
         if features:
@@ -200,8 +200,7 @@ def fit(args: argparse.Namespace, run: Run, model: nn.Module, optimizer: torch.o
             for task, chosen in steps[run.step - first :]:
                 seed_everything(args.seed, run.step, processes.rank())
                 lr = learning_rate(run.step, args.lr, args.warmup_steps, args.steps)
-                for group in optimizer.param_groups:
-                    group["lr"] = lr
+                optimizer.param_groups[0]["lr"] = lr
 
                 batch = TASKS[task].draw(chosen, args.seed, run.step)
                 loss = backward(replica, batch, args, features)

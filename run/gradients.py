@@ -58,4 +58,5 @@ def add_squares(total: Tensor, g: Tensor, x: Tensor) -> None:
         total.addmm_(g.T, x)
     else:
         for g_sample, x_sample in zip(g, x):  # small enough for the processor's cache
-            total += (g_sample.T @ x_sample).square_()
+            gradient = g_sample.T @ x_sample
+            total.addcmul_(gradient, gradient)

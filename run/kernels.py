@@ -48,6 +48,14 @@ class DroppedSoftmax(torch.autograd.Function):
         return g.addcmul_(w, g.sum(dim=-1, keepdim=True), value=-1), None
 
 
+class AdamW(torch.optim.AdamW):
+    """torch's without its decorators, which import torch.compile: that takes as long as torch."""
+
+    add_param_group = torch.optim.Optimizer.add_param_group.__wrapped__
+    zero_grad = torch.optim.Optimizer.zero_grad.__wrapped__
+    step = torch.no_grad()(torch.optim.AdamW.step.__wrapped__)
+
+
 def install(net: nn.Module) -> None:
     """Put both into a network, in place."""
     def weights(attention: Attention, scores: Tensor) -> Tensor:

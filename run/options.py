@@ -20,7 +20,7 @@ NAMES = ("nano", "sample", *INITS)  # not folders, even where there is one
 READ_BY = {  # option -> the runs that read it; one that is not here is read by all that train
     **dict.fromkeys(("task", "model", "device", "predict"), {"training", "--predict"}),
     "out": {"training", "--predict", "--plot"}, "plot": {"--plot"},
-    **dict.fromkeys(("r", "keep", "init", "gates"), {"--method lst"}),
+    **dict.fromkeys(("r", "keep", "init", "gates", "cache"), {"--method lst"}),
     "prune": {"--init fisher", "--init magnitude"}, "fisher_samples": {"--init fisher"},
     "freeze": {f"--method {method}" for method in METHODS if method != "prompt"},
     "as_authors": {"--method lora", "--method prompt"}, "prompts": {"a task on texts"},
@@ -97,6 +97,8 @@ def parse(argv: Sequence[str] | None, description: str) -> argparse.Namespace:
         "random; or the folder of a run, whose side network is taken")
     add("--prune", default="published", choices=("published", "aligned"), help="how to choose rows")
     add("--fisher-samples", type=positive, default=1024, help="training rows (default %(default)s)")
+    add("--cache", type=float, metavar="GB", help="of hidden states to keep from epoch to epoch "
+        "(default: a quarter of the free memory; 0 for one epoch, or on a GPU)")
     add("--gates", default="learned", choices=("learned", "shut"), help="shut: mu = 0, no ladder")
     add = parser.add_argument_group("the other methods (Sec. 4)").add_argument
     add("--as-authors", action="store_true", help="the authors' reading of lora or prompt")
@@ -150,6 +152,8 @@ def check(parser: Parser, args: argparse.Namespace, given: list[str]) -> None:
             args.data == "sample" and args.task != ["sst2"],
         f"--lr is {args.lr}, it must be a finite number above 0":
             args.lr is not None and not 0 < args.lr < math.inf,
+        f"--cache is {args.cache}, it must be a finite number from 0":
+            args.cache is not None and not 0 <= args.cache < math.inf,
         f"--dropout is {args.dropout}, it must be a number from 0 to below 1":
             args.dropout is not None and not 0 <= args.dropout < 1,
         "--dtype bf16 is for a frozen backbone, and --method full trains it: use fp32":

@@ -1,5 +1,6 @@
 """What a run prints: how far it is, its scores, its memory, its gates, and how it ends."""
 import contextlib
+import os
 import platform
 import re
 import resource
@@ -75,6 +76,13 @@ def peak_memory(device: str) -> tuple[int, str]:
     with contextlib.suppress(OSError, IndexError):  # getrusage also counts what started the process
         kib = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
     return kib * (1 if sys.platform == "darwin" else 1024), "the process's peak"
+
+
+def free_memory() -> int:
+    """Bytes that a new process could take; where the system does not tell, half of all."""
+    with contextlib.suppress(OSError):
+        return 1024 * int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0])
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
 def versions() -> dict[str, str]:

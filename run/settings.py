@@ -1,9 +1,11 @@
 """What a run is made with, and what it tells at its start and end."""
 import argparse
 import math
+import shutil
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from torch import nn
@@ -12,12 +14,14 @@ from data import Dataset, banner
 from methods.defaults import ANY, DEFAULTS
 from model import T5, T5Config, load_tokenizer, locate, weight_files
 from run import report
-from run.folder import Run, read_config, trainable
+from run.cache import States
+from run.folder import Run, read_config, read_json, trainable
 from run.hub import sha256_of
 from run.options import INITS
 from run.processes import first, world_size
 from run.report import print0
-from run.tasks import TASKS, batches, has_pictures
+from run.tasks import TASKS, Rows, batches, distinct, has_pictures
+from side import LadderT5
 from vision.clip import clip_files
 
 
@@ -94,9 +98,37 @@ def check_frozen(folder: str | Path, args: argparse.Namespace) -> dict:
     return config
 
 
-def run_of(args: argparse.Namespace, out: Path, datasets: dict[str, Dataset],
-           began: float) -> Run:
+def cache_size(args: argparse.Namespace, out: Path, shared: dict[str, States]) -> float:
+    """GB of states that may be kept: as given, as in the run that goes on or the one before, or a
+    quarter of what is free. On a GPU, where reading may take longer, only as given."""
+    if args.method == "lst" and world_size() > 1:
+        print0("hidden states are not kept from epoch to epoch: there are several processes")
+    if args.method != "lst" or world_size() > 1:
+        return 0.0
+    if args.cache is not None:
+        return args.cache
+    if args.resume and (out / "config.json").exists():
+        return read_json(out / "config.json").get("cache", 0.0)
+    if args.task in shared:
+        return shared[args.task].gigabytes
+    free = min(report.free_memory(), shutil.disk_usage(out).free) / 1e9
+    return round(free / 4, 3) if args.epochs > 1 and args.device == "cpu" else 0.0
+
+
+def states_of(args: argparse.Namespace, ladder: LadderT5, rows: Rows, answered: Rows,
+              shared: dict[str, States]) -> States | None:
+    """The states of these rows; the runs of a command share them while their task is the same."""
+    if args.cache and args.task not in shared:
+        shared.clear()
+        kept = distinct(rows, answered)
+        shared[args.task] = States(ladder, kept, args.cache, Path(args.out))
+    return shared[args.task] if args.cache else None
+
+
+def run_of(args: argparse.Namespace, out: Path, datasets: dict[str, Dataset], began: float,
+           shared: dict[str, States]) -> Run:
     """The run in this folder, with the config that a resume must repeat."""
+    args.cache = cache_size(args, out, shared)
     free = ("out", "overwrite", "resume", "predict", "image", "plot", "save_steps", "seeds",
             "command")
     config = {name: value for name, value in vars(args).items() if name not in free}
@@ -114,7 +146,8 @@ def announce(args: argparse.Namespace, model: nn.Module, datasets: dict[str, Dat
     """Print what a run is; return it as the first part of the results."""
     each, whole, of = list(datasets.values()), model, "all"  # Table 3's percent
     if not has_pictures(args.task):
-        with torch.device("meta"):  # Table 1's are of the backbone, before the method adds to it
+        with torch.device("meta"), patch("torch.nn.init.normal_"):
+            # Table 1's are of the backbone, before the method adds to it
             of, whole = "the backbone's", T5(getattr(model, "backbone", model).config)
     trained, total = (sum(p.numel() for p in parameters)
                       for parameters in (trainable(model).values(), whole.parameters()))

@@ -21,14 +21,14 @@ def run_all(args: argparse.Namespace, build: Callable, train: Callable) -> dict:
             for task in args.task for seed in args.seeds]
     with lock_run(Path(args.out)):
         if len(runs) == 1:
-            return train(runs[0], Path(args.out))
+            return train(runs[0], Path(args.out), {})
         return run_many(args, runs, build, train)
 
 
 def run_many(args: argparse.Namespace, runs: list[argparse.Namespace], build: Callable,
              train: Callable) -> dict:
     """The runs one after the other; their scores are written after each. A resume may have more."""
-    out, results = Path(args.out), []
+    out, results, shared = Path(args.out), [], {}
     folders = [out / f"{run.task}-{run.seed}" for run in runs]
     if args.resume and first((out / "metrics.jsonl").exists):
         raise ValueError(f"{out} holds a single run: choose another --out")
@@ -44,7 +44,7 @@ def run_many(args: argparse.Namespace, runs: list[argparse.Namespace], build: Ca
     for run, folder in zip(runs, folders):
         print0(f"\n{run.task}, seed {run.seed}: run {len(results) + 1} of {len(runs)}")
         with lock_run(folder):
-            results.append(train(run, folder))
+            results.append(train(run, folder, shared))
         summary = summarize(results) | {"command": args.command, "runs": results}
         first(write_json, out / "results.json", summary)
     print0(f"\n{table(results)}\nsaved in {out}")

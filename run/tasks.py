@@ -1,10 +1,12 @@
 """The tasks by name, and what it takes to learn several at once, as the CLIP-T5 of Table 3 does."""
 from collections.abc import Iterator
+from itertools import chain
 
 import torch
 
 import data
 import vision.tasks
+from model import EOS, Tokenizer
 from run.report import Progress
 from vision.features import Features
 
@@ -15,6 +17,10 @@ Rows = dict[str, list]  # task -> encoded examples
 def has_pictures(names: str) -> bool:
     """Is this task, or are these joined by "+", about pictures?"""
     return TASKS[names.partition("+")[0]].pictures > 0
+
+
+def encode(parts: dict[str, list], tokenizer: Tokenizer) -> Rows:
+    return {name: TASKS[name].encode(examples, tokenizer) for name, examples in parts.items()}
 
 
 def batches(rows: Rows, size: int, seed: int, epoch: int) -> list[tuple[str, list]]:
@@ -47,6 +53,17 @@ def some(rows: Rows, count: int, seed: int, device: str, size: int = 32) -> Iter
     for i in range(0, len(chosen), size):
         progress.step(min(i + size, len(chosen)))
         yield collate(chosen[i : i + size], None, device)
+
+
+def distinct(rows: Rows, answered: Rows) -> list[data.Row]:
+    """From short to long, each row once; of a question about pictures one for each answer. What is
+    answered, not trained on, comes with an empty target."""
+    found = {(*row.source, EOS): data.Row(row.source, [EOS]) for row in chain(*answered.values())}
+    for row in chain(*rows.values()):
+        question = isinstance(row, vision.tasks.Question)
+        targets = [ids for ids, _ in row.answers] or [[EOS]] if question else [row.target]
+        found |= {(*row.source, *ids): data.Row(row.source, ids) for ids in targets}
+    return sorted(found.values(), key=lambda row: len(row.source))
 
 
 def average(scores: dict[str, dict]) -> dict:

@@ -9,8 +9,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 BUDGETS = {  # lines at most, blank ones and comments included
     "model.py": 680, "side.py": 200, "prune.py": 170, "data.py": 300, "train.py": 260,
-    "bench_memory.py": 400, "methods": 540, "vision": 1000, "llm": 500, "memory": 559, "run": 1322,
-    "exercises": 900, "tests": 6989,
+    "bench_memory.py": 400, "methods": 540, "vision": 1000, "llm": 500, "memory": 580, "run": 1491,
+    "exercises": 900, "tests": 7160,
 }
 SIX = {name for name in BUDGETS if name.endswith(".py")}
 LAYERS = [  # a module imports from its own layer, without cycles, and from the ones above it here

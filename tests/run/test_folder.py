@@ -106,7 +106,7 @@ def what_counts(out):
     log = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     results = json.loads((out / "results.json").read_text())
     changing = "seconds", "peak_memory_bytes", "command"
-    for row, name in itertools.product([*log, results], changing):
+    for row, name in itertools.product([*log, results, results.get("cache") or {}], changing):
         row.pop(name, None)
     weights = load_file(out / "trained.safetensors")
     weights = {name: tensor.numpy().tobytes() for name, tensor in weights.items()}
@@ -155,7 +155,7 @@ def trained(backbone, glue, tmp_path_factory):
     out = tmp_path_factory.mktemp("straight") / "run"
     argv = ["--model", str(backbone), "--data", str(glue), *(
         "--task sst2 --r 4 --device cpu --lr 1e-2 --warmup-steps 3 --epochs 3 --batch-size 8 "
-        "--max-train-rows 40 --save-steps 2 --init fisher --fisher-samples 4").split()]
+        "--max-train-rows 40 --save-steps 2 --init fisher --fisher-samples 4 --cache 1").split()]
     run(print, "the first child waits for torch", out)
     began = time.time()
     assert run(train.main, [*argv, "--out", str(out)], out) == 0, said(out)

@@ -1,0 +1,100 @@
+"""--cache: a row passes the frozen backbone once, not once in every epoch (as in arXiv:2408.10746).
+
+Before the first step the rows pass it, from short to long, in groups that depend on no training
+batch. What the rungs read is kept in a file that has no name, so that it ends with the process, and
+that is read, not mapped, so that it is not the process's memory. A row takes
+(n_encoder S + n_decoder T) D numbers of the backbone's dtype, where n is the number of kept layers.
+"""
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from tempfile import TemporaryFile
+
+import torch
+from torch import Tensor
+
+from data import Row, collate
+from model import Memory
+from run.report import Progress, print0
+from side import LadderT5
+
+
+class States:
+    """Of each source what the encoder's rungs read, of each target what the decoder's do."""
+
+    def __init__(self, ladder: LadderT5, rows: Sequence[Row], gigabytes: float, out: Path):
+        self.file, self.gigabytes = TemporaryFile(dir=out, buffering=0), gigabytes
+        self.places: dict[tuple, int] = {}  # (source,), (source, target): where its states begin
+        began, progress = time.time(), Progress("hidden states, row", len(rows))
+        try:
+            for i in range(0, len(rows), 32):
+                if self.file.tell() < gigabytes * 1e9:
+                    self.write(ladder, rows[i : i + 32])
+                progress.step(min(i + 32, len(rows)), f"{self.file.tell() / 1e9:.2f} GB")
+        except OSError as error:
+            print0(f"no room for hidden states, the run goes on without: {error}")
+            self.places.clear()
+            self.file.truncate(0)
+        self.about = {"rows": sum(len(text) == 2 for text in self.places),
+                      "bytes": self.file.seek(0, 2), "seconds": round(time.time() - began, 1)}
+
+    def write(self, ladder: LadderT5, rows: Sequence[Row]) -> None:
+        batch = [tensor.to(ladder.up.weight.device) for tensor in collate(rows)[:4]]
+        parts = zip((ladder.encoder, ladder.decoder), texts(*batch), ladder.hidden_states(*batch))
+        for stack, keys, hidden in parts:
+            for b, key in enumerate(keys):
+                if key not in self.places:
+                    self.places[key] = self.file.tell()
+                    layers = [hidden[i + 1][b, : len(key[-1])] for i in stack.keep]
+                    states = torch.stack(layers, dim=1).cpu()  # (S, n, D), its own S
+                    if self.file.write(states.view(torch.uint8).numpy()) < states.nbytes:
+                        raise OSError("the disk is full")
+
+    def read(self, keys: list[tuple], words: Tensor, keep: Sequence[int]) -> list | None:
+        """words (B, S, D), then the layers in `keep`, 0 on padding. None if a row is not here."""
+        if not self.places.keys() >= set(keys):
+            return None
+        states = torch.zeros(*words.shape[:2], len(keep), words.size(2), dtype=words.dtype)
+        for key, own in zip(keys, states):
+            self.file.seek(self.places[key])
+            self.file.readinto(own[: len(key[-1])].view(torch.uint8).numpy())
+        kept = dict(zip(keep, states.to(words.device).unbind(dim=2)))
+        return [words, *map(kept.get, range(max(kept) + 1))]
+
+
+def texts(*batch: Tensor) -> list[list[tuple]]:
+    """Ids and mask of sources, and of targets -> of each row (source,) and (source, target)."""
+    columns, keys = [], []
+    for ids, mask in zip(batch[::2], batch[1::2]):
+        columns.append([tuple(row[:n]) for row, n in zip(ids.tolist(), mask.sum(dim=1).tolist())])
+        keys.append(list(zip(*columns)))
+    return keys
+
+
+@contextlib.contextmanager
+def kept_states(ladder: LadderT5, states: States | None) -> Iterator[dict | None]:
+    """While it lasts, kept rows do not pass the backbone. Yields what results.json says of it."""
+    if states is None:
+        yield None
+        return
+    backbone, compute, encode = ladder.backbone, ladder.hidden_states, ladder.backbone.encode
+
+    def hidden_states(*batch: Tensor) -> Sequence[list]:
+        stacks = (ladder.encoder, batch[0]), (ladder.decoder, batch[2])
+        found = [states.read(keys, backbone.embed(ids), stack.keep)
+                 for keys, (stack, ids) in zip(texts(*batch), stacks)]
+        return found if all(found) else compute(*batch)
+
+    def encode_again(ids: Tensor, mask: Tensor, images=None, keep=()) -> tuple[list, Memory]:
+        hidden = states.read(*texts(ids, mask), backbone.embed(ids), keep)
+        if hidden is None:
+            return encode(ids, mask, images, keep)
+        return hidden, Memory(backbone.encoder.finish(hidden[-1]), mask)
+
+    ladder.hidden_states = hidden_states
+    if backbone.config.num_layers - 1 in ladder.encoder.keep:  # what the backbone's decoder reads
+        backbone.encode = encode_again
+    yield states.about
+    del ladder.hidden_states
+    backbone.__dict__.pop("encode", None)
