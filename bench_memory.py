@@ -185,8 +185,6 @@ class Case:
         check_ladder(c, self.r, self.layers)
         if self.freeze >= 2 * N:
             raise ValueError(f"--freeze {self.freeze} must be below {2 * N}: something must train")
-        if self.dtype == "bf16" and self.method == "full":
-            raise ValueError("--dtype bf16 is for frozen backbones: give a --method but full")
         if self.method == "lst" and self.attention == "fused" and c.d_kv // self.r % 4 and on_cuda:
             raise ValueError(f"--r {self.r}: fused heads are 4, 8, ... wide: use --attention eager")
         return self
@@ -276,14 +274,16 @@ STORIES = {  # what to show, and the options that it reads; any other is refused
     "--explain": (formula.explain, "model batch_size source_length r attention"),
     "--sweep": (stories.sweep, f"{ROWS} model batch_size freeze plot"),
     "--fits": (stories.fits, f"{ROWS} model freeze"),
-    "--time": (stories.show_time, "model batch_size source_length target_length r keep attention"),
+    "--time": (stories.show_time,
+               "model batch_size source_length target_length r keep attention dtype device"),
     "--table 3": (show_table_3, f"{ROWS} table as_published batch_size device plot"),
     "--as-published": (show_table_1, f"{SHAPE} as_published model batch_size freeze plot"),
     "--table 1": (show_table_1, f"{ROWS} table model batch_size freeze device plot"),
     "no option": (show_everything, "plot"),
 }
 READERS = {"r": ["lst"], "keep": ["lst"],  # the other methods ignore these
-           "freeze": ["full", "adapters", "lora", "bitfit"]}
+           "freeze": ["full", "adapters", "lora", "bitfit"],
+           "dtype": [name for name in METHODS if name != "full"]}
 
 
 def new_file(text: str) -> Path:

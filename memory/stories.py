@@ -2,6 +2,7 @@
 import bisect
 import gc
 import itertools
+import math
 import os
 import statistics
 import timeit
@@ -10,12 +11,16 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import nn
 
+from data import Row
 from memory import account, plot
 from memory.environment import CONVENTIONS, OF_TABLE_1
+from run.cache import States, kept_states
 from run.report import Progress, hardware, peak_memory, reset_peak
 
 KINDS = dict(weights="░", gradients="▒", optimizer="▓", saved_activations="█", temporary="·")
@@ -136,24 +141,39 @@ def measured_peak(case) -> int:
 
 
 def show_time(args: Namespace, cases: Sequence) -> dict:
-    """Seconds of a step of LST, LoRA and full fine-tuning, without and with checkpointing, and of
-    the backbone's pass. They take turns: in each two untimed ones first, until memory settles."""
+    """Seconds of a step of LST, LoRA and full fine-tuning, without and with checkpointing; of LST
+    when its backbone's states are kept (run/cache.py), reading included; and of the forward pass.
+    They take turns: in each two untimed ones first, until memory settles."""
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # memory in huge pages, as in train.py
-    batch, nets = cases[0].make_batch(), {case.name: case.build() for case in cases}
-    steps = {name: step_of(net, batch) for name, net in nets.items()}
-    forward = partial(account.loss_of, nets["LST"].backbone, batch)
-    runs = {"the backbone's forward pass": torch.no_grad()(forward), **steps}
+    (B, S, T), device, lst = args.batch, "cuda" if args.device == "cuda" else "cpu", cases[0]
+    by_name = {case.name + ", bf16" * (case.dtype == "bf16"): case for case in cases}
+    ours, by_name["LST"] = next(iter(by_name)), replace(lst, dtype="fp32")
+    with torch.device(device):
+        batch, nets = lst.make_batch(), {name: case.build() for name, case in by_name.items()}
+    steps, ladder = {name: step_of(net, batch) for name, net in nets.items()}, nets[ours]
+    forward = torch.no_grad()(partial(account.loss_of, ladder.backbone, batch))
+    runs = {ours.replace("LST", "forward pass"): forward, **steps}
     runs |= {f"{name}, checkpointing": partial(step, True) for name, step in steps.items()}
-    seconds, turns = {name: [] for name in runs}, list(runs) * 3
-    progress = Progress("turns", len(turns))
-    for turn, name in enumerate(turns, 1):
-        seconds[name] += timeit.repeat(runs[name], repeat=4, number=1)[2:]
-        progress.step(turn, name)
-    (B, S, T), layers = args.batch, len(args.keep) or "all"
-    print(f"\n{cases[0].model}'s sizes, random weights, batch {B}, source {S}, target {T}, fp32,\n"
-          f"{args.attention} attention; r = {args.r}, {layers} side layers; {hardware('cpu')}\n\n"
-          f"{'seconds of a step':32}   median  fastest  slowest")
+    with TemporaryDirectory() as folder:
+        rows = [Row(ids, [0] * T) for ids in batch[0].tolist()]
+        states = kept_states(ladder, States(ladder, rows, math.inf, Path(folder)))
+        runs[f"{ours}, states kept"] = states(steps[ours])
+        seconds, turns = {name: [] for name in runs}, list(runs) * 3
+        progress = Progress("turns", len(turns))
+        for turn, name in enumerate(turns, 1):
+            step = partial(finish, runs[name], device)
+            seconds[name] += timeit.repeat(step, repeat=4, number=1)[2:]
+            progress.step(turn, name)
+    print(f"\n{lst.model}'s sizes, random weights, batch {B}, source {S}, target {T}, "
+          f"{args.attention} attention,\nr = {args.r}, {len(args.keep) or 'all'} side layers; "
+          f"{hardware(device)}\n\n{'seconds of a step':32}   median  fastest  slowest")
     for name, times in seconds.items():
         print(f"{name:32}{statistics.median(times):9.3f}{min(times):9.3f}{max(times):9.3f}")
     return {"rows": [{"method": name, "seconds": statistics.median(times), "fastest": min(times),
                       "slowest": max(times)} for name, times in seconds.items()]}
+
+
+def finish(step: Callable, device: str) -> None:
+    step()
+    if device == "cuda":
+        torch.cuda.synchronize()

@@ -67,7 +67,8 @@ def texts(*batch: Tensor) -> list[list[tuple]]:
     """Ids and mask of sources, and of targets -> of each row (source,) and (source, target)."""
     columns, keys = [], []
     for ids, mask in zip(batch[::2], batch[1::2]):
-        columns.append([tuple(row[:n]) for row, n in zip(ids.tolist(), mask.sum(dim=1).tolist())])
+        lengths = (torch.ones_like(ids) if mask is None else mask).sum(dim=1).tolist()
+        columns.append([tuple(row[:n]) for row, n in zip(ids.tolist(), lengths)])
         keys.append(list(zip(*columns)))
     return keys
 

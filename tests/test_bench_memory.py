@@ -1,8 +1,10 @@
 """The memory benchmark: Section 3.1, Tables 1 and 3 on the meta device, and the command line."""
+import importlib
 import json
 import re
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
@@ -16,6 +18,7 @@ from memory.account import GB
 from memory.environment import CONVENTIONS, OF_TABLE_1, OF_TABLE_3
 from memory.stories import KINDS
 
+ROOT = Path(__file__).parent.parent
 T5_BASE = bench_memory.SIZES["t5-base"]
 TINY = dict(d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4)
 SMALL = ["--model", "t5-small"]
@@ -237,9 +240,11 @@ def test_json_holds_what_main_returns_and_the_plot_is_svg(tmp_path, tiny, capsys
         assert [row["batch"] for row in result["rows"]] == [1, 1, 1, 4, 4, 4]
 
 
-def test_time_measures_each_step_and_prints_it(tmp_path, tiny, capsys):
-    result, text = result_of([*SMALL, *FEW, "--time", "--r", "4"], tmp_path, capsys)
-    assert len(result["rows"]) == 7
+@pytest.mark.parametrize("dtype, count", [("fp32", 8), ("bf16", 10)])  # bf16 beside fp32
+def test_time_measures_each_step_and_prints_it(tmp_path, tiny, capsys, dtype, count):
+    result, text = result_of(
+        [*SMALL, *FEW, "--time", "--r", "4", "--dtype", dtype], tmp_path, capsys)
+    assert len(result["rows"]) == count
     for row in result["rows"]:
         assert 0 < row["fastest"] <= row["seconds"] <= row["slowest"]
         assert re.search(rf"^{row['method']} +{row['seconds']:.3f} ", text, re.MULTILINE)
@@ -274,10 +279,10 @@ WRONG = """
 --batch-size 0 | --batch-size 1000000000000000000 | --source-length 0 | --target-length 0
 --as-published --dtype bf16 | --as-published --checkpoint
 --table 3 --explain | --table 3 --time | --table 3 --model t5-small
---table 3 --freeze 3 | --table 3 --r 5 | --table 3 --method lora --keep 1 | --table 3 --dtype bf16
+--table 3 --freeze 3 | --table 3 --r 5 | --table 3 --method lora --keep 1
 --method lst --r 32 --attention fused
 --table 3 --method lst --batch-size HUGE --target-length HUGE
---dtype bf16 | --dtype bf16 --method full | --dtype fp16 --method lst
+--dtype bf16 --method full | --dtype fp16 --method lst
 --plot x.svg --time | --plot missing/x.svg | --json missing/x.json | --json . | --json x --plot x
 --model t5-small --method lst --source-length HUGE | --model t5-small --explain --source-length HUGE
 --model t5-small --method lst --fits 12 --source-length HUGE
@@ -299,7 +304,7 @@ def test_a_wrong_argument_is_refused_in_one_line_and_nothing_is_written(
 @pytest.mark.parametrize("arguments, readers", [
     ("--explain --plot x", "--as-published or --sweep or --table 1 or --table 3 or no option"),
     ("--as-published --time", "--as-published or --table 3"),
-    ("--as-published --device cuda", "--table 1 or --table 3"),
+    ("--as-published --device cuda", "--table 1 or --table 3 or --time"),
     ("--sweep length --source-length 9",
      "--as-published or --explain or --fits or --table 1 or --table 3 or --time"),
     ("--freeze 3 --method lst",
@@ -318,3 +323,20 @@ def test_an_error_of_ours_is_not_taken_for_a_step_too_large(monkeypatch):
     monkeypatch.setitem(bench_memory.STORIES, "--explain", (fails, ""))
     with pytest.raises(RuntimeError, match="a bug"):
         bench_memory.main(["--explain"])
+
+
+@slow
+def test_the_prepared_measurement_on_a_gpu_runs_dry(tiny, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(ROOT / "experiments")
+    gpu = importlib.import_module("gpu")
+    runs = gpu.main(["--dry-run"])
+    assert list(runs) == list(gpu.RUNS) and all(run["rows"] for run in runs.values())
+
+
+@pytest.mark.skipif(not (ROOT / "experiments/gpu.json").exists(), reason="not measured on a GPU")
+def test_the_account_is_within_5_percent_of_what_cuda_took():
+    for run in json.loads((ROOT / "experiments/gpu.json").read_text())["runs"].values():
+        for row in run["rows"]:
+            for counted in (row, row.get("today", {})):
+                if "measured_peak" in counted:
+                    assert counted["measured_peak"] == pytest.approx(counted["peak"], rel=0.05)
