@@ -96,7 +96,7 @@ def parse(argv: Sequence[str] | None, description: str) -> argparse.Namespace:
     add("--init", type=path, default="fisher", help="prune by fisher (default) or magnitude; or "
         "random; or the folder of a run, whose side network is taken")
     add("--prune", default="published", choices=("published", "aligned"), help="how to choose rows")
-    add("--fisher-samples", type=positive, default=1024, help="training rows (default %(default)s)")
+    add("--fisher-samples", type=positive, help="training rows (default 1024; texts, nano: 256)")
     add("--cache", type=float, metavar="GB", help="of hidden states to keep from epoch to epoch "
         "(default: a quarter of the free memory; 0 for one epoch, or on a GPU)")
     add("--gates", default="learned", choices=("learned", "shut"), help="shut: mu = 0, no ladder")
