@@ -2,9 +2,9 @@
 
     python bench_memory.py                  # Section 3.1, Table 1, what makes our LST small
     python bench_memory.py --as-published   # Table 1 under the conventions of its environment
-    python bench_memory.py --table 3        # Table 3, CLIP-T5: as published, and today
+    python bench_memory.py --table 3        # Table 3, CLIP-T5: as published, and today; also 4
     python bench_memory.py --explain        # what one layer keeps for backward, and why
-    python bench_memory.py --sweep length --plot length.svg    # also: batch, r, keep
+    python bench_memory.py --sweep length --plot length.svg    # also: batch, r, keep, freeze, size
     python bench_memory.py --fits 12        # the largest batch on a card of 12 GB
     python bench_memory.py --time           # seconds of a step at T5-base's sizes, random weights
 
@@ -31,7 +31,7 @@ from run import kernels
 from run.options import Parser, numbers, positive, whole
 from run.report import exit_cleanly, hardware
 from run.settings import check_ladder
-from side import Gate, LadderT5
+from side import Gate
 
 
 # -------------------------------------------------------------------------- Section 3.1, an MLP
@@ -150,9 +150,11 @@ class Case:
 
     method: str
     model: str = "t5-base"
+    side: str = "ladder"  # or a variant (Table 4)
     r: int = 8
     keep: tuple[int, ...] | None = None  # None: as KEEP says; (): all
     freeze: int = 0
+    size: int | None = None  # of adapters or LoRA
     attention: str = "eager"
     checkpoint: bool = False
     dtype: str = "fp32"  # of a frozen backbone
@@ -163,7 +165,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        return METHODS[self.method]
+        return METHODS[self.method] + f", {self.side}" * (self.side != "ladder")
 
     @property
     def label(self) -> str:
@@ -196,9 +198,10 @@ class Case:
         if self.images:
             t5.visual.float()
         if self.method == "lst":
-            net = LadderT5(t5, self.r, self.layers or None)
+            net = methods.SIDES[self.side](t5, self.r, self.layers or None)
         else:
-            net = methods.apply(t5, self.method, self.conventions == OF_TABLE_1, self.freeze)
+            net = methods.apply(t5, self.method, self.conventions == OF_TABLE_1, self.freeze,
+                                self.size)
         if "mask" not in self.conventions:
             kernels.install(net)  # as train.py does
         return net
@@ -221,7 +224,8 @@ class Case:
         published = replace(self, conventions=(), title="")
         paper, paper_inference = PAPER.get(published, (None, None))
         return {"batch": self.batch[0], "length": self.batch[1], "r": self.r,
-                "keep": len(self.layers), "dtype": self.dtype, "trainable_params": trained,
+                "keep": len(self.layers), "freeze": self.freeze, "size": self.size,
+                "dtype": self.dtype, "trainable_params": trained,
                 "trainable_percent": 100 * trained / total, **step,
                 "peak_paper_gb": step["peak"] / account.GB, "paper_gb": paper,
                 "inference_peak_paper_gb": inference / account.GB,
@@ -231,14 +235,17 @@ class Case:
 # Of Table 3's four tasks GQA has the largest step: batch 500, questions cut to 20 tokens, answers
 # of up to 9 ("styrofoam": eight pieces and the end).
 TABLE_3 = dict(r=4, keep=(), batch=(500, 20, 9), images=True)
-PAPER = {  # GB of training and of inference in Tables 1 and 3
+PAPER = {  # GB of training and of inference in Tables 1, 3 and 4
     Case("full"): (17.6, 0.86), Case("adapters"): (13.0, 0.87), Case("lora"): (12.6, 0.86),
     Case("bitfit"): (10.7, 0.86), Case("prompt"): (22.2, 0.87), Case("lst"): (5.5, 0.88),
     Case("lst", "t5-large"): (12.2, 2.88), Case("lst", "t5-3b"): (22.4, 11.01),
     Case("full", **TABLE_3): (36.2, 0.86), Case("adapters", **TABLE_3): (28.4, 0.93),
     Case("lora", **TABLE_3): (27.9, 0.86), Case("bitfit", **TABLE_3): (22.7, 0.86),
     Case("prompt", **TABLE_3): (38.7, 0.87), Case("lst", **TABLE_3): (15.3, 0.93),
+    Case("lst", keep=()): (7.0, None), Case("lst", keep=(), side="cross"): (10.4, None),
+    Case("lst", keep=(), side="adapters", r=16): (6.5, None),
 }
+TABLES = {1: [*PAPER][:8], 3: [*PAPER][8:14], 4: [*PAPER][14:]}
 
 
 def show_table_1(args: argparse.Namespace, cases: Sequence[Case]) -> dict:
@@ -247,13 +254,15 @@ def show_table_1(args: argparse.Namespace, cases: Sequence[Case]) -> dict:
     return {"rows": stories.show_cases(args, title, cases)}
 
 
-def show_table_3(args: argparse.Namespace, cases: Sequence[Case]) -> dict:
-    """CLIP-T5: each row as published, and today with the options given."""
+def show_twice(args: argparse.Namespace, cases: Sequence[Case]) -> dict:
+    """Tables 3 and 4: each row as published, and today with the options given."""
     both, (B, S, T) = [], args.batch
+    conventions = OF_TABLE_3 if args.table == 3 else OF_TABLE_1
     for case in cases:
         both += [replace(case, attention="eager", checkpoint=False, dtype="fp32",
-                         conventions=OF_TABLE_3), replace(case, title="  today")]
-    title = f"Table 3: batch {B}, source {S} and an image's 36 cells, target {T}"
+                         conventions=conventions), replace(case, title="  today")]
+    cells = " and an image's 36 cells" * (args.table == 3)
+    title = f"Table {args.table}: batch {B}, source {S}{cells}, target {T}"
     rows = stories.show_cases(args, title, both)
     return {"rows": [row | {"today": today} for row, today in zip(rows[0::2], rows[1::2])]}
 
@@ -276,13 +285,15 @@ STORIES = {  # what to show, and the options that it reads; any other is refused
     "--fits": (stories.fits, f"{ROWS} model freeze"),
     "--time": (stories.show_time,
                "model batch_size source_length target_length r keep attention dtype device"),
-    "--table 3": (show_table_3, f"{ROWS} table as_published batch_size device plot"),
+    "--table 3": (show_twice, f"{ROWS} table as_published batch_size device plot"),
+    "--table 4": (show_twice, "source_length target_length attention checkpoint dtype table "
+                              "as_published batch_size device plot"),
     "--as-published": (show_table_1, f"{SHAPE} as_published model batch_size freeze plot"),
     "--table 1": (show_table_1, f"{ROWS} table model batch_size freeze device plot"),
     "no option": (show_everything, "plot"),
 }
 READERS = {"r": ["lst"], "keep": ["lst"],  # the other methods ignore these
-           "freeze": ["full", "adapters", "lora", "bitfit"],
+           "freeze": ["full", "adapters", "lora", "bitfit"], "size": ["adapters", "lora"],
            "dtype": [name for name in METHODS if name != "full"]}
 
 
@@ -296,9 +307,9 @@ def new_file(text: str) -> Path:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__)
     story = parser.add_mutually_exclusive_group().add_argument
-    story("--table", type=int, choices=(1, 3), help="the rows of this table of the paper")
+    story("--table", type=int, choices=TABLES, help="the rows of this table of the paper")
     story("--explain", action="store_true", help="the tensors of one layer, and why they are kept")
-    story("--sweep", choices=stories.SWEEPS, help="the peak over batch, source length, r or layers")
+    story("--sweep", choices=stories.SWEEPS, help="the peak over one of these")
     story("--fits", type=positive, metavar="GB", help="largest batch on a card, GB of 2^30 bytes")
     story("--time", action="store_true", help="seconds of a step on this machine")
     add = parser.add_argument
@@ -322,14 +333,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
     given = [name for name, value in vars(args).items() if value != parser.get_default(name)]
     chosen = {"--explain": args.explain, "--sweep": args.sweep, "--fits": args.fits,
-              "--time": args.time, "--table 3": args.table == 3,
+              "--time": args.time, f"--table {args.table}": args.table in (3, 4),
               "--as-published": args.as_published, "--table 1": {*given} - {"json", "plot"}}
     args.story = next((story for story, wanted in chosen.items() if wanted), "no option")
     check(parser, args, given)
 
     B, S, T = TABLE_3["batch"] if args.table == 3 else (8 if args.time else 100, 128, 2)
     args.batch = args.batch_size or B, args.source_length or S, args.target_length or T
-    args.r = args.r or (TABLE_3["r"] if args.table == 3 else 8)
+    args.r = args.r or {3: TABLE_3["r"], 4: None}.get(args.table, 8)
     args.keep = () if args.time and args.keep is None else args.keep
     args.conventions = OF_TABLE_1 if args.story == "--as-published" else ()
     return args
@@ -338,9 +349,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def check(parser: Parser, args: argparse.Namespace, given: Sequence[str]) -> None:
     """Refuse an option that nobody reads: neither the story nor, for a ladder's, the method."""
     swept = {"batch": "batch_size", "length": "source_length"}.get(args.sweep, args.sweep)
-    if swept in READERS:
-        args.method = args.method or "lst"
-    here = {args.story, *(f"--method {name}" for name in METHODS if args.method in (None, name))}
+    methods_here = [args.method] if args.method else READERS.get(swept, METHODS)
+    here = {args.story, *(f"--method {name}" for name in methods_here)}
     for name in given:
         stories_of = {story for story, (_, options) in STORIES.items() if name in options.split()}
         stories_of -= {"--sweep"} if name == swept else set()
@@ -357,14 +367,13 @@ def check(parser: Parser, args: argparse.Namespace, given: Sequence[str]) -> Non
 
 def choose(args: argparse.Namespace) -> list[Case]:
     """Return the cases of the command line: a table's rows, or methods at one size."""
-    few = {"--sweep": ("full", "lora", "lst"), "--time": ("lst", "lora", "full"),
-           "--explain": ("lst",)}
+    few = {"--sweep": READERS.get(args.sweep, ("full", "lora", "lst")),
+           "--time": ("lst", "lora", "full"), "--explain": ("lst",)}
     if args.model or args.story in few:
         some = (args.method,) if args.method else few.get(args.story, METHODS)
         cases = [Case(method, args.model or "t5-base") for method in some]
     else:
-        cases = [case for case in PAPER if case.images == (args.table == 3)
-                 and args.method in (None, case.method)]
+        cases = [case for case in TABLES[args.table or 1] if args.method in (None, case.method)]
     options = "batch", "r", "keep", "freeze", "attention", "checkpoint", "dtype", "conventions"
     chosen = []
     for case in cases:

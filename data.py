@@ -120,7 +120,7 @@ class Task:
     def read(self, text: str, prompts: str) -> tuple[int | float | None, str]:
         """Return the label of a generated text, None if it is no answer, and how to show it."""
         label = self._label(text.strip())
-        if label is None or self.words and self._target(label, prompts) != text.strip():
+        if label is None or self.words and self.target(label, prompts) != text.strip():
             return None, f"{text!r}, which is no answer of {self.name}"
         return label, self.words[label] if self.words else str(label)
 
@@ -130,7 +130,7 @@ class Task:
         known = [*self.words, *map(str, range(len(self.words)))]
         return known.index(text) % len(self.words) if text in known else None
 
-    def _target(self, label: int | float, prompts: str) -> str:
+    def target(self, label: int | float, prompts: str) -> str:
         if self.words:
             return self.words[label] if prompts == "t5" else str(label)
         # Paper: the authors meant T5's rounding to 0.2, but their code rounds to 0.1.
@@ -194,7 +194,7 @@ class Task:
                 bad.append((number, f"{len(cells)} of {len(header)} columns, label {given[:20]!r}"))
             else:
                 source = self._source([row[column] for column in columns[:-1]], prompts)
-                examples.append(Example(source, self._target(label, prompts), label))
+                examples.append(Example(source, self.target(label, prompts), label))
         refuse_many(path, bad, len(examples) + unlabelled + len(bad), "line")
         if len(examples) < 2:
             raise ValueError(f"{path} has {len(examples)} rows; put the official file there")

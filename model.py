@@ -212,7 +212,7 @@ class Attention(nn.Module):
             cache.update(k=k, v=v)
         p = self.dropout.p if self.training else 0.0
         if self.fused and (p == 0 or q.device.type != "cpu"):  # CPUs have no kernel with dropout
-            h = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=p, scale=1.0)
+            h = F.scaled_dot_product_attention(q, k, v, bias.to(q.dtype), p, scale=1.0)
         else:
             scores = q @ k.mT  # (B, H, T, S)
             scores += bias  # in place: no second score tensor

@@ -159,7 +159,7 @@ def init_side(ladder, importance: dict[str, Tensor], mode: str = "published") ->
         raise ValueError(f"prune mode is {mode!r}, choose from published, aligned")
     t5, choose = ladder.backbone, published if mode == "published" else aligned
     kept = choose(importance, t5, ladder.r)
-    for name in ("encoder", "decoder"):
+    for name in [name for name in ("encoder", "decoder") if hasattr(ladder, name)]:
         backbone, side = t5.get_submodule(name), ladder.get_submodule(name)
         side_bias = ladder.get_submodule(f"{name}_bias")
         side_bias.table.weight.copy_(backbone.pos_bias.table.weight)

@@ -86,12 +86,13 @@ class SideStack(nn.Module):
                  keep: Sequence[int], rung=Gate, dropout: float = 0.0, checkpoint: bool = False):
         super().__init__()
         self.keep, self.checkpoint = tuple(keep), checkpoint
+        self.reads = self.keep  # the layers whose output a rung reads
         self.down_emb = nn.Linear(D, d)  # word embeddings enter ungated: there is no h_side yet
         self.blocks = nn.ModuleList(SideBlock(rung(D, d), block) for block in blocks)
         self.final_norm, self.dropout = final_norm, nn.Dropout(dropout)
 
     def forward(self, hidden: Sequence, *context, cache: list[dict] | None = None) -> Tensor:
-        h_side = self.down_emb(self.dropout(hidden[0].to(self.down_emb.weight.dtype)))  # (B, S, d)
+        h_side = self.down_emb(self.dropout(hidden[0].to(self.final_norm.weight)))  # (B, S, d)
         # Level i reads the backbone up to i only, so both could run in parallel (Sec. 1).
         for i, block, block_cache in zip(self.keep, self.blocks, cache or [None] * len(self.keep)):
             # Sec. 3.4: a dropped layer is not here. Paper: the authors keep its gate, unread.
@@ -158,9 +159,9 @@ class LadderT5(Generates, nn.Module):
                       decoder_mask: Tensor | None = None) -> tuple[list, list]:
         """What rungs read: frozen word embeddings, then layers' outputs (B, S, D), (B, T, D)."""
         with torch.no_grad():  # Sec. 3.1: autograd sees nothing of the backbone
-            encoder, memory = self.backbone.encode(source_ids, source_mask, keep=self.encoder.keep)
+            encoder, memory = self.backbone.encode(source_ids, source_mask, keep=self.encoder.reads)
             return encoder, self.backbone.decode(decoder_ids, decoder_mask, memory,
-                                                 keep=self.decoder.keep)
+                                                 keep=self.decoder.reads)
 
     def encode_side(self, hidden: list, mask: Tensor, images: Tensor | None = None) -> Memory:
         """Final states of the side encoder (B, S + P, d), which reads text and images (Sec. 4)."""
@@ -185,7 +186,7 @@ class LadderT5(Generates, nn.Module):
 
     def start(self, source_ids: Tensor, source_mask: Tensor,
               images: Tensor | None = None) -> Decoding:
-        hidden, memory = self.backbone.encode(source_ids, source_mask, keep=self.encoder.keep)
+        hidden, memory = self.backbone.encode(source_ids, source_mask, keep=self.encoder.reads)
         memory_side = self.encode_side(hidden, source_mask, images)
         caches = [new_cache(len(net.decoder.blocks)) for net in (self.backbone, self)]
         return Decoding([memory, memory_side], caches)
@@ -193,5 +194,6 @@ class LadderT5(Generates, nn.Module):
     def step(self, ids: Tensor, state: Decoding) -> Tensor:
         """Feed one more token to each row, (B, 1) -> logits (B, V)."""
         (memory_backbone, memory_side), (cache_backbone, cache_side) = state.memories, state.caches
-        hidden = self.backbone.decode(ids, None, memory_backbone, cache_backbone, self.decoder.keep)
+        keep = self.decoder.reads
+        hidden = self.backbone.decode(ids, None, memory_backbone, cache_backbone, keep)
         return self.logits(self.decode_side(hidden, None, memory_side, cache_side))[:, -1]

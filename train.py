@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import methods
-import prune
+from methods.classify import EncoderLadder, YTuning
 from data import Batch, Row, in_order
 from model import Tokenizer, load_t5, load_tokenizer
 from run import kernels, processes, report
@@ -34,9 +34,10 @@ from run.options import DTYPES, parse
 from run.predict import draw, predict
 from run.report import print0
 from run.settings import announce, check_frozen, conclude, load_data, run_of, states_of
+from run.start import initialize
 from run.sweep import run_all
-from run.tasks import TASKS, Rows, average, batches, collate, encode, has_pictures, some
-from side import LadderT5
+from run.tasks import (TASKS, Rows, as_classes, average, batches, class_texts, collate, encode,
+                       has_pictures)
 from vision.clip import load_clip
 from vision.features import Features, clip_features
 
@@ -48,23 +49,14 @@ def build(args: argparse.Namespace) -> nn.Module:
     channels = load_clip(args.clip).channels if has_pictures(args.task) else None
     t5 = load_t5(args.model, args.device, DTYPES[args.dtype], checkpoint=args.checkpoint,
                  dropout=args.dropout, channels=channels)
+    if args.classify:
+        answers = class_texts(args.task, args.prompts, load_tokenizer(args.model))
+        if args.method == "y-tuning":
+            return YTuning(t5, answers)
+        return EncoderLadder(t5, answers, args.r)
     if args.method != "lst":
-        return methods.apply(t5, args.method, args.as_authors, args.freeze)
-    ladder = LadderT5(t5, r=args.r, keep=args.keep)
-    return methods.shut_gates(ladder) if args.gates == "shut" else ladder
-
-
-def initialize(ladder: LadderT5, args: argparse.Namespace, rows: Rows) -> None:
-    """Sec. 3.3: the side network starts from the rows and columns of the backbone that matter."""
-    if args.init == "magnitude":
-        prune.init_side(ladder, prune.magnitude(ladder.backbone), args.prune)
-    elif args.init == "fisher":
-        samples = some(rows, args.fisher_samples, args.seed, args.device)
-        importance = prune.fisher(ladder.backbone, samples, args.fisher_samples)
-        prune.init_side(ladder, importance, args.prune)
-    elif args.init != "random":
-        # Paper: always from the backbone. A side network trained on another task can help, too.
-        load_trained(args.init, ladder)
+        return methods.apply(t5, args.method, args.as_authors, args.freeze, args.size)
+    return methods.SIDES[args.side](t5, r=args.r, keep=args.keep)
 
 
 # -------------------------------------------------------------------------------------------- loop
@@ -165,7 +157,9 @@ def train(args: argparse.Namespace, out: Path, shared: dict) -> dict:
     if run.load(model, optimizer):
         print0(f"goes on after step {run.step} of {args.steps}")
     elif args.method == "lst":
-        initialize(model, args, rows)
+        initialize(model, args, rows, tokenizer)
+    if args.classify:
+        rows = as_classes(rows, model.answers)
     run.begin()
 
     # loop, then test

@@ -45,7 +45,7 @@ class Variant(NamedTuple):
 SST2 = {
     "lst": Variant("LST, r = 8, Fisher pruning", "--task sst2 --data glue", "94.1 ± 0.3"),
     "lst-random": Variant("LST, random start", "--task sst2 --init random --data glue"),
-    "lst-shut": Variant("LST without ladders", "--task sst2 --gates shut --data glue"),
+    "lst-alone": Variant("LST without ladders", "--task sst2 --side alone --data glue"),
     "full": Variant("full fine-tuning", "--task sst2 --method full --data glue", "93.9 ± 0.6"),
     "adapters": Variant("adapters", "--task sst2 --method adapters --data glue", "94.2 ± 0.5"),
     "lora": Variant("LoRA", "--task sst2 --method lora --data glue", "94.3 ± 0.1"),

@@ -27,7 +27,7 @@ CONVENTIONS = {
     "gelu": "the adapters' GELU is single operations, which keep four tensors, not one",
     "rung": "a rung pads down(h_backbone) with zeros to the length of text and images",
 }
-OF_TABLE_1 = ("softmax", "gradients", "cache", "norm", "feed-forward", "mask")
+OF_TABLE_1 = ("softmax", "gradients", "cache", "norm", "feed-forward", "mask", "gelu")
 OF_TABLE_3 = ("softmax", "cache", "norm", "feed-forward", "mask", "buckets", "gelu", "rung")
 
 
@@ -97,7 +97,7 @@ def loss_with_caches(net: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
     state = net.start(source_ids, source_mask, *images)
     memory, cache = state.memories[0], state.caches[0]
     if isinstance(net, LadderT5):
-        hidden = net.backbone.decode(decoder_ids, None, memory, cache, net.decoder.keep)
+        hidden = net.backbone.decode(decoder_ids, None, memory, cache, net.decoder.reads)
         h = net.decode_side(hidden, None, state.memories[1], state.caches[1])
     else:
         h = net.decoder.finish(net.decode(decoder_ids, None, memory, cache)[-1])

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -25,7 +26,8 @@ from run.report import Progress, hardware, peak_memory, reset_peak
 
 KINDS = dict(weights="░", gradients="▒", optimizer="▓", saved_activations="█", temporary="·")
 SWEEPS = {"batch": (10, 25, 50, 75, 100), "length": (32, 64, 128, 256, 384, 512),
-          "r": (2, 4, 8, 16, 32), "keep": (1, 3, 6, 9, 12)}
+          "r": (2, 4, 8, 16, 32), "keep": (1, 3, 6, 9, 12), "freeze": (0, 6, 12, 18),
+          "size": (1, 2, 4, 8)}  # so many times smaller than in Table 1
 FEWER = ("as published", "softmax keeps only its output", "gradients freed after a step",
          "no cache while training", "one kernel for a norm", "dropout before ReLU",
          "no mask for attention maps")  # row i: without the first i conventions of Table 1
@@ -74,7 +76,7 @@ def show_cases(args: Namespace, title: str, cases: Sequence) -> list[dict]:
 
 def tricks(case) -> list[dict]:
     """What makes our LST smaller than the published one, one step at a time."""
-    cases = [replace(case, title=title, conventions=OF_TABLE_1[i:])
+    cases = [replace(case, title=title, conventions=OF_TABLE_1[i:-1])  # it has no GELU
              for i, title in enumerate(FEWER)]
     for title, change in CHANGES.items():
         cases.append(replace(cases[-1], title=title, **change))
@@ -82,15 +84,17 @@ def tricks(case) -> list[dict]:
 
 
 def sweep(args: Namespace, cases: Sequence) -> dict:
-    """Peaks of full fine-tuning, LoRA and LST over what --sweep names."""
+    """Peaks of some methods over what --sweep names."""
     swept, (B, S, T), N = [], args.batch, cases[0].config.num_layers
-    for value in SWEEPS[args.sweep]:
+    for value, case in product(SWEEPS[args.sweep], cases):
+        if args.sweep == "size":
+            value = 16 * value if case.method == "adapters" else 32 // value
         spread = tuple((i + 1) * N // value - 1 for i in range(value))  # evenly, with the last one
-        change = {"batch": {"batch": (value, S, T)}, "length": {"batch": (B, value, T)},
-                  "r": {"r": value}, "keep": {"keep": spread}}[args.sweep]
+        changes = {"batch": {"batch": (value, S, T)}, "length": {"batch": (B, value, T)},
+                   "keep": {"keep": spread}}.get(args.sweep, {args.sweep: value})
         with suppress(ValueError):  # this model has no such r, not so many layers
-            swept += [replace(case, title=f"{args.sweep} {value}, {case.name}", **change).check()
-                      for case in cases]
+            title = f"{args.sweep} {value}, {case.name}"
+            swept.append(replace(case, title=title, **changes).check())
     title = f"Peak of a step of {cases[0].model}, {args.attention} attention"
     return {"rows": show_cases(args, title, swept)}
 

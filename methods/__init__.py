@@ -16,15 +16,15 @@ VL-Adapter (arXiv:2112.06825), as in Table 3.
 """
 from methods.adapters import add_adapters
 from methods.bitfit import add_biases
-from methods.gates import shut_gates
 from methods.lora import add_lora, merge
 from methods.prompt import add_prompt
+from methods.sides import SIDES
 from model import CLIPT5, T5, Block
 
-__all__ = ["METHODS", "apply", "merge", "shut_gates"]
+__all__ = ["METHODS", "SIDES", "apply", "merge"]
 
 
-def unfreeze(t5: T5, layers: list[Block], as_authors: bool = False) -> None:
+def unfreeze(t5: T5, layers: list[Block], as_authors=False, size=None) -> None:
     """Full fine-tuning of these layers and of what is above the lowest of them."""
     t5.requires_grad_(True)
     # The embedding lies below layer 0. With a frozen layer it stays as it is, and so does the
@@ -42,11 +42,12 @@ METHODS = {"full": unfreeze, "adapters": add_adapters, "lora": add_lora, "bitfit
            "prompt": add_prompt}
 
 
-def apply(t5: T5, method: str, as_authors: bool = False, freeze: int = 0) -> T5:
+def apply(t5: T5, method: str, as_authors=False, freeze=0, size: int | None = None) -> T5:
     """Make `t5` a baseline of Section 4, in place.
 
-    as_authors: LoRA with BitFit's biases, prompts from noise; the others have one reading.
+    as_authors: LoRA with every bias, prompts from noise; the others have one reading.
     freeze: the lowest layers, the encoder's first, stay as they are and get no module (Fig. 6).
+    size: the adapters' reduction, LoRA's rank, the number of prompts (Fig. 5); None: the paper's.
     """
     layers = [*t5.encoder.blocks, *t5.decoder.blocks]
     if method not in METHODS:
@@ -59,7 +60,7 @@ def apply(t5: T5, method: str, as_authors: bool = False, freeze: int = 0) -> T5:
         raise ValueError("this T5 was made a baseline before; load it again")
 
     t5.requires_grad_(False)
-    METHODS[method](t5, layers[freeze:], as_authors)
+    METHODS[method](t5, layers[freeze:], as_authors, size)
     if isinstance(t5, CLIPT5):
         t5.visual.requires_grad_(True)  # trained by every method (arXiv:2112.06825, Sec. 3.1)
     if not any(p.requires_grad for p in t5.parameters()):

@@ -6,11 +6,11 @@ from model import CLIPT5, T5, Block, RMSNorm
 
 
 class Adapter(nn.Module):
-    """A linear map, then a bottleneck beside its output (Sec. 2).  (B, T, in) -> (B, T, D)"""
+    """A linear map or norm, then a bottleneck beside its output (Sec. 2). (B, T, _) -> (B, T, D)"""
 
-    def __init__(self, linear: nn.Linear, reduction: int):
+    def __init__(self, linear: nn.Linear | RMSNorm, reduction: int):
         super().__init__()
-        D = linear.out_features
+        D = len(linear.weight)
         self.linear = linear
         self.down = nn.Linear(D, max(1, D // reduction))
         self.up = nn.Linear(max(1, D // reduction), D)
@@ -35,10 +35,10 @@ class TrainedNorm(RMSNorm):
         return super().forward(x.to(self.weight.dtype)).to(x.dtype)
 
 
-def add_adapters(t5: T5, layers: list[Block], as_authors: bool = False) -> None:
+def add_adapters(t5: T5, layers: list[Block], as_authors=False, size=None) -> None:
     """Text: bottlenecks of D / 16, and the norms train; images: of D / 4, and they do not."""
     images = isinstance(t5, CLIPT5)
-    reduction = 4 if images else 16
+    reduction = size or (4 if images else 16)
     for block in layers:
         # Paper: "every attention"; its counts and the authors' code leave cross-attention out.
         block.self_attention.o = Adapter(block.self_attention.o, reduction)

@@ -28,7 +28,7 @@ class BiasedNorm(RMSNorm):
         return super().forward(x) + self.bias.to(x.dtype)
 
 
-def add_biases(t5: T5, layers: list[Block], as_authors: bool = False) -> None:
+def add_biases(t5: T5, layers: list[Block], as_authors=False, size=None) -> None:
     """To every linear map and norm of these layers, and to the logits; final norms have none."""
     for module in [module for block in layers for module in block.modules()]:
         for name, child in list(module.named_children()):

@@ -8,6 +8,8 @@ DEFAULTS = (  # Tables 5 and 6, and the authors' code. Of the lines that fit a r
     ("texts",    ANY,    ANY,      dict(weight_decay=0.0, epsilon=1e-8, beta2=0.999, max_norm=1.)),
     ("texts",    ANY,    "prompt", dict(lr=3e-1)),
     ("texts",    ANY,    "lst",    dict(lr=3e-3)),
+    ("texts",    ANY,    "--side adapters", dict(r=16)),
+    ("texts",    ANY,    "y-tuning", dict(lr=1e-3)),  # Paper: it does not name one
     ("pictures", ANY,    ANY,      dict(lr=3e-4, batch_size=300, warmup_steps=None, r=4)),
     ("pictures", ANY,    ANY,      dict(weight_decay=0.01, epsilon=1e-6, beta2=0.999, max_norm=5.)),
     ("pictures", ANY,    "bitfit", dict(lr=3e-3)),

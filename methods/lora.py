@@ -29,13 +29,16 @@ class LoRA(nn.Module):
         return self.linear
 
 
-def add_lora(t5: T5, layers: list[Block], as_authors: bool = False) -> None:
+def add_lora(t5: T5, layers: list[Block], as_authors=False, size=None) -> None:
     """Text: rank 32; images: rank 150. On q and v of each attention, cross-attention too."""
-    # Paper: the authors' LoRA also trains BitFit's biases (3,819,876, Table 1's 1.71 %); ours is
-    # LoRA only, unless as_authors.
+    # Paper: the authors also train what has "bias" in its name: BitFit's biases and both tables of
+    # position bias (3,820,644, Table 1's 1.71 %); ours is LoRA only, unless as_authors.
     if as_authors:
         add_biases(t5, layers)
-    rank, dropout = 150 if isinstance(t5, CLIPT5) else 32, t5.config.dropout_rate
+        if t5.encoder.blocks[0] in layers:  # frozen layers would share the tables
+            for stack in (t5.encoder, t5.decoder):
+                stack.pos_bias.float().requires_grad_(True)
+    rank, dropout = size or (150 if isinstance(t5, CLIPT5) else 32), t5.config.dropout_rate
     for block in layers:
         for attention in block.children():
             if isinstance(attention, Attention):

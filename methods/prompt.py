@@ -23,10 +23,10 @@ class Prompt(nn.Module):
         return torch.cat([prompt, h], dim=1), F.pad(mask, (len(self.vectors), 0), value=True)
 
 
-def add_prompt(t5: T5, layers: list[Block], as_authors: bool = False) -> None:
+def add_prompt(t5: T5, layers: list[Block], as_authors=False, size=None) -> None:
     """Text: 100 vectors; images: 40."""
     images, D = isinstance(t5, CLIPT5), t5.config.d_model
-    n, mlp = 40 if images else 100, nn.Identity()
+    n, mlp = size or (40 if images else 100), nn.Identity()
     rows = (torch.arange(n) + UNK + 1) % t5.config.vocab_size  # the first behind the special ids
     # Paper: prompts from vocabulary rows; the authors copy them before the weights are loaded,
     # which gives N(0, 1) noise (as_authors).

@@ -9,20 +9,21 @@ from collections.abc import Sequence
 import torch
 
 import data
-from methods import METHODS
+from methods import METHODS, SIDES
 from model import NANO, PUBLIC
 from run.tasks import TASKS, has_pictures
 from vision.clip import CLIP_PUBLIC
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-INITS = ("fisher", "magnitude", "random")
+INITS = ("fisher", "magnitude", "random", "distill")
 NAMES = ("nano", "sample", *INITS)  # not folders, even where there is one
 READ_BY = {  # option -> the runs that read it; one that is not here is read by all that train
     **dict.fromkeys(("task", "model", "device", "predict"), {"training", "--predict"}),
     "out": {"training", "--predict", "--plot"}, "plot": {"--plot"},
-    **dict.fromkeys(("r", "keep", "init", "gates", "cache"), {"--method lst"}),
+    **dict.fromkeys(("r", "keep", "init", "side", "classify", "cache"), {"--method lst"}),
     "prune": {"--init fisher", "--init magnitude"}, "fisher_samples": {"--init fisher"},
     "freeze": {f"--method {method}" for method in METHODS if method != "prompt"},
+    "size": {"--method adapters", "--method lora", "--method prompt"},
     "as_authors": {"--method lora", "--method prompt"}, "prompts": {"a task on texts"},
     "clip": {"a task on pictures", "--predict"}, "image": {"--predict"},
 }
@@ -84,25 +85,29 @@ def parse(argv: Sequence[str] | None, description: str) -> argparse.Namespace:
     add = parser.add_argument_group("what to train").add_argument
     add("--task", type=runs_of, help=f"{', '.join(TASKS)}; a list, or glue; vqa+gqa: in one run")
     add("--model", type=path, help=f"backbone: nano (default), {', '.join(PUBLIC)}, a folder")
-    add("--method", default="lst", choices=("lst", *METHODS), help="lst: the ladder (default)")
+    add("--method", default="lst", choices=("lst", *METHODS, "y-tuning"),
+        help="lst: the ladder (default)")
     add("--data", type=path, help="folder of official files, or sample (default: download; draw)")
     add("--prompts", default="paper", choices=("paper", "t5"), help="labels as digits, or as words")
     add("--clip", type=path, help=f"CLIP: nano (default), {', '.join(CLIP_PUBLIC)}, a folder")
     add("--max-train-rows", type=positive, help="use only the first N training rows")
     add = parser.add_argument_group("the ladder (Sec. 3)").add_argument
-    add("--r", "--reduction", type=positive, help="reduction factor (default 8, for pictures 4); "
-        "after torchrun, which has an --r of its own, write --reduction")
+    add("--r", "--reduction", type=positive, help="reduction factor (default 8; for pictures 4, "
+        "for --side adapters 16); after torchrun, which has an --r of its own, write --reduction")
     add("--keep", type=numbers, help="0-based layers that have a side layer: 1,3,5 (default: all)")
-    add("--init", type=path, default="fisher", help="prune by fisher (default) or magnitude; or "
-        "random; or the folder of a run, whose side network is taken")
+    add("--init", type=path, help="prune by fisher (default) or magnitude; distill; random; or the "
+        "folder of a run, whose side network is taken")
     add("--prune", default="published", choices=("published", "aligned"), help="how to choose rows")
     add("--fisher-samples", type=positive, help="training rows (default 1024; texts, nano: 256)")
     add("--cache", type=float, metavar="GB", help="of hidden states to keep from epoch to epoch "
         "(default: a quarter of the free memory; 0 for one epoch, or on a GPU)")
-    add("--gates", default="learned", choices=("learned", "shut"), help="shut: mu = 0, no ladder")
+    add("--side", default="ladder", choices=SIDES, help="ladder (default); alone: no rungs; last: "
+        "Side-tuning; cross: cross-attention; adapters: adapter blocks")
+    add("--classify", action="store_true", help="side encoder and classification head (Table 2)")
     add = parser.add_argument_group("the other methods (Sec. 4)").add_argument
     add("--as-authors", action="store_true", help="the authors' reading of lora or prompt")
     add("--freeze", type=whole, default=0, help="lowest layers left alone, the encoder's first")
+    add("--size", type=positive, help="reduction of adapters, rank of lora, number of prompts")
     add = parser.add_argument_group("the run (it prints what it takes by default)").add_argument
     add("--epochs", type=positive, help="passes over the training rows")
     add("--max-steps", type=positive, help="stop after so many steps")
@@ -129,6 +134,8 @@ def parse(argv: Sequence[str] | None, description: str) -> argparse.Namespace:
     add("--plot", type=path, metavar="FILE.svg", help="draw the loss of the run in --out")
 
     args = parser.parse_args(argv)
+    args.init = args.init or ("random" if args.side == "adapters" else "fisher")
+    args.classify = args.classify or args.method == "y-tuning"
     no_defaults = argparse.Namespace(**dict.fromkeys(vars(args)))
     given = vars(parser.parse_args(argv, no_defaults)).items()
     check(parser, args, [name for name, value in given if value is not None])
@@ -142,6 +149,7 @@ def parse(argv: Sequence[str] | None, description: str) -> argparse.Namespace:
 def check(parser: Parser, args: argparse.Namespace, given: list[str]) -> None:
     """Refuse what does not go together, and an option that means nothing where it is given."""
     training = args.predict is None and args.plot is None
+    pictures = any(map(has_pictures, args.task or []))
     wrong = {
         f"--task is missing: choose from {', '.join(TASKS)}": training and not args.task,
         "--resume, --predict and --plot need --out, the folder of a run":
@@ -158,6 +166,14 @@ def check(parser: Parser, args: argparse.Namespace, given: list[str]) -> None:
             args.dropout is not None and not 0 <= args.dropout < 1,
         "--dtype bf16 is for a frozen backbone, and --method full trains it: use fp32":
             args.method == "full" and args.dtype == "bf16",
+        f"--side {args.side} --init {args.init} is for texts, leave it out for pictures":
+            (args.side != "ladder" or args.init == "distill") and pictures,
+        "--side adapters has other blocks than the backbone: give --init random, or a run's folder":
+            args.side == "adapters" and args.init in {*INITS} - {"random"},
+        "--classify, y-tuning: they choose a class, which stsb and tasks about pictures lack":
+            args.classify and (pictures or "stsb" in (args.task or [])),
+        "--classify has a side encoder with all layers: leave --keep, --side, --init distill out":
+            args.classify and (args.keep or args.side != "ladder" or args.init == "distill"),
         f"--init {args.init!r} is no folder; choose from {', '.join(INITS)}, or name a run's":
             args.init not in INITS and not (args.resume or os.path.isdir(args.init)),
     }

@@ -12,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from torch import nn
 from torch.distributed import DistError
 
 from run.processes import rank, world_size
@@ -49,13 +50,15 @@ def scores(values: dict) -> str:
     return ", ".join(parts + ["correlation undefined, taken as 0"] * bool(values["undefined"]))
 
 
-def gates(ladder) -> dict[str, list[float]]:
-    """Print one bar per rung: mu, the backbone's share of what the side block reads (Sec. 3.2)."""
-    print0("learned gates: each rung's mu, the share of the backbone (1/2 at the start)")
-    values = {}
-    for name, stack in (("encoder", ladder.encoder), ("decoder", ladder.decoder)):
-        values[name] = [block.rung.mu.item() for block in stack.blocks]
-        for i, mu in zip(stack.keep, values[name]):
+def gates(ladder: nn.Module) -> dict[str, list[float]]:
+    """Print one bar per gate: mu, the backbone's share of what the side block reads (Sec. 3.2)."""
+    values = {name: [module.mu.item() for module in part.modules() if hasattr(module, "mu")]
+              for name, part in ladder.named_children()}
+    values = {name: mus for name, mus in values.items() if mus}
+    if values:
+        print0("learned gates: each rung's mu, the share of the backbone (1/2 at the start)")
+    for name, mus in values.items():
+        for i, mu in zip(getattr(ladder.get_submodule(name), "keep", [0]), mus):
             print0(f"  {name} layer {i:2d}  {'█' * round(30 * mu):░<30}  {mu:.2f}")
     return values
 

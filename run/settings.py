@@ -28,7 +28,7 @@ from vision.clip import clip_files
 def fill_defaults(args: argparse.Namespace, datasets: dict[str, Dataset]) -> None:
     """Fill in what the command line left open, for a run on these data."""
     rows = {name: dataset.train for name, dataset in datasets.items()}
-    fits = {ANY, args.model, args.method, *rows}
+    fits = {ANY, args.model, args.method, f"--side {args.side}", *rows}
     fits |= {"pictures" if has_pictures(args.task) else "texts"}
     fits |= {"joint"} if len(rows) > 1 else set()
     fits |= {"large"} if sum(map(len, rows.values())) > 30_000 else set()
@@ -74,9 +74,12 @@ def load_data(args: argparse.Namespace) -> dict[str, Dataset]:
         check_ladder(config, args.r, args.keep)
         if args.init not in INITS and not args.resume:
             start = check_frozen(args.init, args)
-            if (start["r"], start["keep"]) != (args.r, args.keep):
-                raise ValueError(f"the side network in {args.init} has --r {start['r']} --keep "
-                                 f"{start['keep'] or 'all'}: it does not fit, give the same")
+            shape = ("r", "keep", "side", "classify")
+            if any(start[name] != getattr(args, name) for name in shape):
+                had = f"--r {start['r']} --keep {start['keep'] or 'all'} --side {start['side']}"
+                had += " --classify" * start["classify"]
+                raise ValueError(f"the side network in {args.init} has {had}: it does not fit, "
+                                 "give the same")
     return datasets
 
 

@@ -3,10 +3,11 @@ from collections.abc import Iterator
 from itertools import chain
 
 import torch
+from torch import Tensor
 
 import data
 import vision.tasks
-from model import EOS, Tokenizer
+from model import EOS, PAD, Tokenizer
 from run.report import Progress
 from vision.features import Features
 
@@ -39,6 +40,20 @@ def collate(rows: list[data.Row], features: Features | None, device: str) -> dat
     images = features and features.lookup([row.images for row in rows])  # (B, N, P, C)
     batch = data.collate(rows)._replace(images=images)
     return data.Batch(*(tensor if tensor is None else tensor.to(device) for tensor in batch))
+
+
+def class_texts(task: str, prompts: str, tokenizer: Tokenizer) -> Tensor:
+    """The token ids of what stands for each class in a target, padded: (C, T)"""
+    texts = [TASKS[task].target(label, prompts) for label in range(len(TASKS[task].words))]
+    rows = TASKS[task].encode([data.Example("", text, 0) for text in texts], tokenizer)
+    return data.collate(rows).labels.clamp(min=PAD)
+
+
+def as_classes(rows: Rows, answers: Tensor) -> Rows:
+    """Rows whose target is the number of their class."""
+    texts = [ids[ids != PAD].tolist() for ids in answers]
+    return {task: [row._replace(target=[texts.index(row.target)]) for row in of_task]
+            for task, of_task in rows.items()}
 
 
 def some(rows: Rows, count: int, seed: int, device: str, size: int = 32) -> Iterator[data.Batch]:

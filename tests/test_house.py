@@ -9,18 +9,19 @@ import pytest
 ROOT = Path(__file__).parent.parent
 BUDGETS = {  # lines at most, blank ones and comments included
     "model.py": 680, "side.py": 200, "prune.py": 170, "data.py": 300, "train.py": 260,
-    "bench_memory.py": 400, "methods": 540, "vision": 1000, "llm": 500, "memory": 580, "run": 1491,
-    "exercises": 900, "tests": 7160,
+    "bench_memory.py": 411, "methods": 540, "vision": 1000, "llm": 500, "memory": 604, "run": 1587,
+    "exercises": 900, "tests": 7600,
 }
 SIX = {name for name in BUDGETS if name.endswith(".py")}
 LAYERS = [  # a module imports from its own layer, without cycles, and from the ones above it here
     ["run.hub", "run.metrics", "run.beam", "run.processes", "run.report",
-     "run.folder"],
+     "run.folder", "run.spans"],
     ["model"],
     ["side", "prune", "data", "run.kernels", "run.gradients", "run.cache"],
     ["methods", "vision", "llm"],
     ["memory"],
-    ["run.options", "run.tasks", "run.predict", "run.settings", "run.sweep"],
+    ["run.options", "run.tasks", "run.predict", "run.settings", "run.start",
+     "run.sweep"],
     ["train", "bench_memory"],
     ["exercises", "experiments", "assets"],
 ]

@@ -1,14 +1,15 @@
 """The seams of side.py: the paper's comparisons and another architecture are small classes over it.
 
-CrossAttention (Table 4) is another rung, SideTuning (Fig. 8) another end, LadderLM another family.
+methods/ has other rungs, blocks and ends (Fig. 8, Table 4); LadderLM is another family.
 """
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from methods import SIDES
 from model import T5, RMSNorm, T5Config
-from side import Gate, LadderT5, SideStack
+from side import Gate, SideStack
 
 B, S, T, V = 2, 7, 5, 50
 NARROW = dict(vocab_size=V, d_model=24, d_kv=16, d_ff=80, num_layers=3, num_heads=3)
@@ -18,46 +19,12 @@ def split(x, heads):
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)  # (B, H, S, K)
 
 
-class CrossAttention(nn.Module):
-    """Table 4: queries of the side network look at the backbone's states, with the blocks' bias."""
-
-    def __init__(self, D, d, heads=3):
-        super().__init__()
-        self.heads, self.norm = heads, RMSNorm(d, 1e-6)
-        self.down, self.o = nn.Linear(D, d), nn.Linear(d, d)
-
-    def forward(self, h_side, h_backbone, cache, bias, *context):
-        z = self.down(h_backbone)  # keys and values
-        if cache is not None:  # while generating, the backbone's earlier states belong to them
-            z = torch.cat([cache["rung"]["z"], z], dim=1) if "rung" in cache else z
-            cache["rung"] = {"z": z}
-        q, kv = split(self.norm(h_side), self.heads), split(z, self.heads)
-        h = F.scaled_dot_product_attention(q, kv, kv, attn_mask=bias)
-        return h_side + self.o(h.transpose(1, 2).flatten(2))
-
-
 class NoRung(nn.Module):
     def __init__(self, D, d):
         super().__init__()
 
     def forward(self, h_side, h_backbone, *context):
         return h_side
-
-
-class SideTuning(LadderT5):
-    """Fig. 8: no ladder, one gate before the head: mu z + (1 - mu) up(h), z the backbone's end."""
-
-    def __init__(self, backbone, r=8):
-        super().__init__(backbone, r, rung=NoRung)
-        self.alpha = nn.Parameter(torch.zeros(1))
-
-    def decode_side(self, hidden, *rest):
-        return super().decode_side(hidden, *rest), self.backbone.decoder.finish(hidden[-1])
-
-    def logits(self, states):
-        h_side, z = states
-        mu = torch.sigmoid(self.alpha / 0.1)
-        return self.backbone.logits(mu * z + (1 - mu) * self.up(h_side))
 
 
 class LlamaBlock(nn.Module):
@@ -108,10 +75,10 @@ class LadderLM(nn.Module):
         return self.head(self.up(self.side(hidden, bias)))
 
 
-def ladder_beside_t5(kind):
+def ladder_beside_t5(side):
     torch.manual_seed(0)
     t5 = T5(T5Config(**NARROW)).eval()
-    ladder = SideTuning(t5, 4) if kind == "side-tuning" else LadderT5(t5, 4, [0, 2], CrossAttention)
+    ladder = SIDES[side](t5, 4, [0, 2])
     for p in ladder.parameters():
         if p.requires_grad:
             nn.init.normal_(p, std=0.3)
@@ -125,9 +92,12 @@ def batch():
     return torch.randint(3, V, (B, S)) * mask, mask, torch.randint(3, V, (B, T))
 
 
-@pytest.mark.parametrize("kind", ["side-tuning", "cross-attention"])
-def test_other_ladders_train_and_generate_with_their_caches(kind):
-    ladder, (source_ids, source_mask, decoder_ids) = ladder_beside_t5(kind).eval(), batch()
+each_side = pytest.mark.parametrize("side", SIDES)
+
+
+@each_side
+def test_other_ladders_train_and_generate_with_their_caches(side):
+    ladder, (source_ids, source_mask, decoder_ids) = ladder_beside_t5(side).eval(), batch()
     logits = ladder(source_ids, source_mask, decoder_ids)
     logits.square().mean().backward()
     for name, p in ladder.named_parameters():
@@ -137,9 +107,9 @@ def test_other_ladders_train_and_generate_with_their_caches(kind):
     torch.testing.assert_close(torch.stack(steps, dim=1), logits)
 
 
-@pytest.mark.parametrize("kind", ["side-tuning", "cross-attention"])
-def test_other_ladders_keep_their_beams_apart(kind):
-    ladder, (source_ids, source_mask, ids) = ladder_beside_t5(kind).eval(), batch()
+@each_side
+def test_other_ladders_keep_their_beams_apart(side):
+    ladder, (source_ids, source_mask, ids) = ladder_beside_t5(side).eval(), batch()
     state, rows = ladder.start(source_ids, source_mask), torch.tensor([1, 0, 3, 3])
     state.repeat(2)
     first, second = ids[[0, 1, 0, 1], :1], ids[[1, 1, 0, 0], 1:2]
@@ -151,9 +121,14 @@ def test_other_ladders_keep_their_beams_apart(kind):
 
 
 def test_side_tuning_mixes_the_two_ends():
-    ladder, inputs = ladder_beside_t5("side-tuning").eval(), batch()
-    nn.init.constant_(ladder.alpha, torch.inf)
+    ladder, inputs = ladder_beside_t5("last").eval(), batch()
+    nn.init.constant_(ladder.output.alpha, torch.inf)  # mu = 1
     torch.testing.assert_close(ladder(*inputs), ladder.backbone(*inputs))
+    nn.init.constant_(ladder.output.alpha, -torch.inf)
+    alone = SIDES["alone"](ladder.backbone, 4, [0, 2]).eval()
+    weights = {name: p for name, p in ladder.state_dict().items() if name != "output.alpha"}
+    alone.load_state_dict(weights)
+    assert torch.equal(ladder(*inputs), alone(*inputs))
 
 
 @pytest.mark.parametrize("rung", [Gate, NoRung])

@@ -19,6 +19,7 @@ import train
 from model import SENTINELS, T5, T5Config, load_t5, save_t5
 from run import report
 from run.folder import trainable
+from run.tasks import some
 from side import LadderT5
 from workshop import ROOT, WIDTHS, contents, interrupt_at, logged, refused, spy, without
 
@@ -132,11 +133,17 @@ def test_a_run_loads_back_to_its_score(learned, glue):
     assert train.evaluate(model, tokenizer, args, {"sst2": test}) == results["test"]
 
 
+SIDES = [f"--side {side} --r 4" for side in methods.SIDES]
+
+
 @pytest.mark.parametrize("more", [
-    *(f"--method {method}" for method in methods.METHODS), "--keep 1 --gates shut --dtype bf16",
+    *(f"--method {method}" for method in (*methods.METHODS, "y-tuning")), "--classify", *SIDES,
     *(pytest.param(more, marks=slow) for more in (
         "--method lora --as-authors", "--method prompt --as-authors", "--method full --freeze 3",
-        "--method bitfit --freeze 1", "--dtype bf16", "--gates shut", "--keep 1", "--checkpoint",
+        "--method y-tuning --dtype bf16", "--classify --checkpoint", "--init distill",
+        "--method bitfit --freeze 1", "--dtype bf16", "--keep 1", "--checkpoint",
+        *(f"{side} --keep 1 --dtype bf16 --checkpoint" for side in SIDES),
+        "--method adapters --size 4", "--method lora --size 2", "--method prompt --size 7",
         "--method adapters --dtype bf16", "--method lora --checkpoint", "--prompts t5"))])
 def test_each_kind_of_run_loads_back_to_its_logits(argv, tmp_path, monkeypatch, more):
     evaluated = spy(monkeypatch, train, "evaluate")
@@ -329,20 +336,6 @@ def test_a_real_ctrl_c_ends_without_a_traceback(argv, tmp_path):
 
 # ------------------------------------------------------------------------------------- the ladder
 
-def test_shut_gates_leave_no_rung_to_train_and_no_way_to_the_layers(argv, tmp_path):
-    same = {}
-    for gates in ("shut", "learned"):
-        train.main(argv("--gates", gates, "--lr", "1e-2", "--out", tmp_path / gates))
-        assert any("rung" in name for name in trained(tmp_path / gates)) == (gates == "learned")
-        model, _ = train.load(tmp_path / gates)
-        before = model(*BATCH)
-        for name, p in model.backbone.named_parameters():
-            if "embed" not in name:  # embeddings and the head, which is the same matrix, stay
-                torch.nn.init.normal_(p)
-        same[gates] = torch.equal(before, model(*BATCH))
-    assert same == {"shut": True, "learned": False}
-
-
 @pytest.mark.parametrize("mode", ["published", "aligned"])
 def test_init_starts_from_the_pruned_backbone(argv, tmp_path, backbone, mode):
     train.main(argv("--init", "magnitude", "--prune", mode, "--lr", "1e-30", "--max-steps", 1))
@@ -357,7 +350,7 @@ def test_the_fisher_pass_takes_random_training_rows_once_each(backbone, glue, mo
     tokenizer, asked = train.load_tokenizer(str(backbone)), []
     rows = data.TASKS["sst2"].encode(data.TASKS["sst2"].load(str(glue)).train, tokenizer)
     for count, seed in ((40, 0), (40, 0), (40, 1), (10**6, 0)):
-        batches = list(train.some({"sst2": rows}, count, seed, "cpu"))
+        batches = list(some({"sst2": rows}, count, seed, "cpu"))
         asked.append(sorted(ids[mask].tolist() for batch in batches
                             for ids, mask in zip(batch.source_ids, batch.source_mask)))
         assert max(len(batch.labels) for batch in batches) == 32

@@ -72,7 +72,7 @@ def glue(tmp_path_factory):
 def argv(backbone, glue, tmp_path):
     """argv(*more): the command of a run of a few steps into tmp_path/run; `more` comes last."""
     def build(*more):
-        ladder = "" if set(more) & set(METHODS) else "--r 4 --init magnitude"
+        ladder = "" if set(more) & {*METHODS, "y-tuning"} else "--r 4 --init magnitude"
         usual = "--task sst2 --batch-size 16 --epochs 1 --max-train-rows 32 --warmup-steps 1"
         where = "--model", backbone, "--data", glue, "--out", tmp_path / "run", "--device", "cpu"
         return [*map(str, where), *usual.split(), *ladder.split(), *map(str, more)]

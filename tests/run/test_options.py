@@ -51,7 +51,7 @@ def test_beside_nano_a_run_takes_minutes_and_the_command_line_wins(line, rows, n
     ("--keep 1,1", "'1,1'; twice"), ("--keep=", "--keep; ''"), ("--keep a", "--keep; 'a'"),
     ("--keep -1", "-1"), ("--keep 0,,1", "--keep; ''"), (f"--keep {HUGE}", "--keep; '10000"),
     ("--init foo", "foo; fisher"),
-    ("--prune foo", "foo; aligned"), ("--gates foo", "foo; shut"), ("--prompts foo", "foo; t5"),
+    ("--prune foo", "foo; aligned"), ("--side foo", "foo; alone"), ("--prompts foo", "foo; t5"),
     ("--dtype fp16", "float16; bfloat16"), ("--dtype foo", "foo; bf16"),
     ("--method full --dtype bf16", "bf16; fp32"), ("--method lora --freeze 5", "5; 4 layers"),
     ("--method lora --freeze 4", "4; nothing to train"), ("--freeze -1", "-1"),
@@ -77,7 +77,7 @@ def test_a_wrong_argument_is_one_line(argv, tmp_path, capsys, more, words):
 
 @pytest.mark.parametrize("more, needs", [
     ("--method full --keep 1", "--keep --method lst"),
-    ("--method lora --r 4 --gates shut", "--r --method lst"),
+    ("--method lora --r 4 --side alone", "--r --method lst"),
     ("--method bitfit --init random", "--init --method lst"),
     ("--method prompt --fisher-samples 8", "--fisher-samples --init fisher"),
     ("--method adapters --prune aligned", "--prune --init magnitude"),
@@ -90,6 +90,12 @@ def test_a_wrong_argument_is_one_line(argv, tmp_path, capsys, more, words):
     ("--predict x --seeds 0,1", "--seeds training"), ("--predict x --resume", "--resume training"),
     ("--method lora --init fisher", "--init --method lst"),  # at its default, but given
     ("--init random --fisher-samples 1024", "--fisher-samples --init fisher"),
+    ("--size 4", "--size --method adapters or --method lora or --method prompt"),
+    ("--method bitfit --size 4", "--size --method lora"), ("--method full --side last", "--side"),
+    ("--side adapters --prune aligned", "--prune --init fisher"),
+    ("--method y-tuning --freeze 1", "--freeze --method full"),
+    ("--method lora --classify", "--classify --method lst"),
+    ("--init distill --fisher-samples 8", "--fisher-samples --init fisher"),
 ])
 def test_an_option_that_means_nothing_where_it_is_given_is_refused(capsys, tmp_path, more, needs):
     refused(capsys, ["--task", "sst2", "--out", str(tmp_path / "run"), *more.split()],

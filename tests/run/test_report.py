@@ -4,10 +4,10 @@ import os
 import signal
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
 from run import report
 
@@ -44,10 +44,13 @@ def test_scores_are_in_percent_with_what_went_wrong():
 
 def test_gates_are_drawn_one_line_per_rung(capsys):
     def stack(*keep):
-        rungs = [SimpleNamespace(mu=torch.tensor([0.5 + i / 10])) for i in keep]
-        return SimpleNamespace(keep=keep, blocks=[SimpleNamespace(rung=rung) for rung in rungs])
+        rungs = nn.ModuleList(nn.Module() for _ in keep)
+        for i, rung in zip(keep, rungs):
+            rung.mu = torch.tensor([0.5 + i / 10])
+        rungs.keep = keep
+        return rungs
 
-    values = report.gates(SimpleNamespace(encoder=stack(0, 2), decoder=stack(1)))
+    values = report.gates(nn.ModuleDict({"encoder": stack(0, 2), "decoder": stack(1)}))
     assert values == {"encoder": pytest.approx([0.5, 0.7]), "decoder": pytest.approx([0.6])}
     _, *lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:3] for line in lines] == [
