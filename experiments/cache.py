@@ -3,8 +3,8 @@
     python experiments/cache.py sst2 --data glue   # beside nano: 20,000 phrases, three epochs
     python experiments/cache.py rte --data glue    # T5-base's sizes, twenty epochs; full, too
 
-The T5-base has random weights (a step takes as long), and 160 rows of RTE stand for its 2,490; its
-whole dev set, 277 rows, validates and tests. Prints and writes (experiments/cache.json) seconds.
+The T5-base has random weights (a step takes as long), and every 24th row of RTE's files stands for
+all: 104 train, 12 validate and test. Prints and writes (experiments/cache.json) the seconds.
 """
 import shutil
 import sys
@@ -27,9 +27,9 @@ FILE = ROOT / "experiments" / "cache.json"
 RUNS = {
     "sst2": {"without": "--max-train-rows 20000 --epochs 3 --cache 0",
              "kept": "--max-train-rows 20000 --epochs 3"},
-    "rte": {"without": "--max-train-rows 160 --epochs 20 --batch-size 8 --init magnitude --cache 0",
-            "kept": "--max-train-rows 160 --epochs 20 --batch-size 8 --init magnitude",
-            "full": "--max-train-rows 160 --epochs 20 --batch-size 8 --method full"},
+    "rte": {"without": "--epochs 20 --batch-size 8 --init magnitude --cache 0",
+            "kept": "--epochs 20 --batch-size 8 --init magnitude",
+            "full": "--epochs 20 --batch-size 8 --method full"},
 }
 
 
@@ -41,10 +41,21 @@ def random_t5_base(folder: Path) -> str:
     return str(folder)
 
 
+def thin(data: str, folder: Path) -> str:
+    """A folder with every 24th row of RTE's files."""
+    (folder / "RTE").mkdir()
+    for name in ("train.tsv", "dev.tsv"):
+        header, *rows = (Path(data) / "RTE" / name).read_text(encoding="utf-8").splitlines(True)
+        (folder / "RTE" / name).write_text("".join([header, *rows[::24]]), encoding="utf-8")
+    return str(folder)
+
+
 def measure(task: str, data: str) -> dict:
     found = {}
     with TemporaryDirectory() as folder:
-        model = random_t5_base(Path(folder) / "t5-base") if task == "rte" else "nano"
+        model = "nano"
+        if task == "rte":
+            data, model = thin(data, Path(folder)), random_t5_base(Path(folder) / "t5-base")
         for name, flags in RUNS[task].items():
             where = ["--model", model, "--data", data, "--out", f"{folder}/{name}"]
             results = train.main([*f"--task {task} --device cpu {flags}".split(), *where])

@@ -3,7 +3,6 @@
 ANY = "any"
 DEFAULTS = (  # Tables 5 and 6, and the authors' code. Of the lines that fit a run the last counts
     # data       model   method    (warmup_steps None: a tenth of all; epochs: the task's own)
-    (ANY,        ANY,    ANY,      dict(fisher_samples=1024)),
     ("texts",    ANY,    ANY,      dict(lr=3e-4, batch_size=100, warmup_steps=500, r=8)),
     ("texts",    ANY,    ANY,      dict(weight_decay=0.0, epsilon=1e-8, beta2=0.999, max_norm=1.)),
     ("texts",    ANY,    "prompt", dict(lr=3e-1)),

@@ -162,6 +162,8 @@ def check(parser: Parser, args: argparse.Namespace, given: list[str]) -> None:
             args.lr is not None and not 0 < args.lr < math.inf,
         f"--cache is {args.cache}, it must be a finite number from 0":
             args.cache is not None and not 0 <= args.cache < math.inf,
+        "--cache keeps what rungs read: leave it out with --classify, --side alone and --side last":
+            args.cache and (args.classify or args.side in ("alone", "last")),
         f"--dropout is {args.dropout}, it must be a number from 0 to below 1":
             args.dropout is not None and not 0 <= args.dropout < 1,
         "--dtype bf16 is for a frozen backbone, and --method full trains it: use fp32":

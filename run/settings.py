@@ -33,7 +33,7 @@ def fill_defaults(args: argparse.Namespace, datasets: dict[str, Dataset]) -> Non
     fits |= {"joint"} if len(rows) > 1 else set()
     fits |= {"large"} if sum(map(len, rows.values())) > 30_000 else set()
     fits |= {dataset.name for dataset in datasets.values()}
-    settings = {"epochs": TASKS[next(iter(rows))].epochs}
+    settings = {"epochs": TASKS[next(iter(rows))].epochs, "fisher_samples": 1024}
     for *line, values in DEFAULTS:
         settings |= values if fits >= set(line) else {}
     for name, value in settings.items():
@@ -104,9 +104,10 @@ def check_frozen(folder: str | Path, args: argparse.Namespace) -> dict:
 def cache_size(args: argparse.Namespace, out: Path, shared: dict[str, States]) -> float:
     """GB of states that may be kept: as given, as in the run that goes on or the one before, or a
     quarter of what is free. On a GPU, where reading may take longer, only as given."""
-    if args.method == "lst" and world_size() > 1:
+    reads = args.method == "lst" and args.side not in ("alone", "last") and not args.classify
+    if reads and world_size() > 1:
         print0("hidden states are not kept from epoch to epoch: there are several processes")
-    if args.method != "lst" or world_size() > 1:
+    if not reads or world_size() > 1:
         return 0.0
     if args.cache is not None:
         return args.cache

@@ -130,10 +130,12 @@ def test_by_default_it_takes_a_quarter_of_the_free_memory_and_a_resume_as_much(
     monkeypatch.setattr(report, "free_memory", lambda: 8_000_000)
 
     def size(**changed):
-        usual = dict(method="lst", task="sst2", cache=None, resume=False, epochs=2, device="cpu")
+        usual = dict(method="lst", side="ladder", classify=False, task="sst2", cache=None,
+                     resume=False, epochs=2, device="cpu")
         return cache_size(argparse.Namespace(**usual | changed), tmp_path, {})
 
     assert size() == 0.002 and size(cache=3.0, epochs=1) == 3.0
+    assert size(side="last") == size(classify=True) == 0
     assert size(epochs=1) == size(device="cuda") == size(method="lora") == size(cache=0.0) == 0
     write(tmp_path / "config.json", '{"cache": 0.5}')
     assert size(resume=True) == 0.5 and size() == 0.002
@@ -141,5 +143,6 @@ def test_by_default_it_takes_a_quarter_of_the_free_memory_and_a_resume_as_much(
 
 def test_what_means_nothing_is_refused(argv, capsys):
     refused(capsys, argv("--cache", "1", "--method", "lora"), "--cache", "--method lst")
+    refused(capsys, argv("--cache", "1", "--side", "alone"), "--cache", "--side alone")
     for wrong in ("-1", "nan", "inf"):
         refused(capsys, argv("--cache", wrong), "--cache is", "from 0")
