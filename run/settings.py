@@ -105,7 +105,7 @@ def cache_size(args: argparse.Namespace, out: Path, shared: dict[str, States]) -
     """GB of states that may be kept: as given, as in the run that goes on or the one before, or a
     quarter of what is free. On a GPU, where reading may take longer, only as given."""
     reads = args.method == "lst" and args.side not in ("alone", "last") and not args.classify
-    if reads and world_size() > 1:
+    if reads and world_size() > 1 and (args.cache or args.epochs > 1):
         print0("hidden states are not kept from epoch to epoch: there are several processes")
     if not reads or world_size() > 1:
         return 0.0
