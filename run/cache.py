@@ -26,12 +26,14 @@ class States:
     def __init__(self, ladder: LadderT5, rows: Sequence[Row], gigabytes: float, out: Path):
         self.file, self.gigabytes = TemporaryFile(dir=out, buffering=0), gigabytes
         self.places: dict[tuple, int] = {}  # (source,), (source, target): where its states begin
-        began, progress = time.time(), Progress("hidden states, row", len(rows))
+        began, progress, done = time.time(), Progress("hidden states, row", len(rows)), 0
         try:
-            for i in range(0, len(rows), 32):
+            while done < len(rows):
+                group = rows[done : done + max(1, 1024 // len(rows[done].source))]
                 if self.file.tell() < gigabytes * 1e9:
-                    self.write(ladder, rows[i : i + 32])
-                progress.step(min(i + 32, len(rows)), f"{self.file.tell() / 1e9:.2f} GB")
+                    self.write(ladder, group)
+                done += len(group)
+                progress.step(done, f"{self.file.tell() / 1e9:.2f} GB")
         except OSError as error:
             print0(f"no room for hidden states, the run goes on without: {error}")
             self.places.clear()
