@@ -62,11 +62,13 @@ class Gate(nn.Module):
 class SideBlock(nn.Module):
     """A rung and its block: h_side (B, S + P, d), h_backbone (B, S, D) -> (B, S + P, d)"""
 
-    def __init__(self, rung: nn.Module, block: nn.Module):
+    def __init__(self, rung: nn.Module | None, block: nn.Module):
         super().__init__()
         self.rung, self.block = rung, block
 
     def forward(self, h_side: Tensor, h_backbone: Tensor, cache: dict | None, *context) -> Tensor:
+        if self.rung is None:  # a free block, as in xLadder (arXiv:2512.14237; see docs/llm.md)
+            return self.block(h_side, cache, *context)
         S = h_backbone.size(1)
         h = self.rung(h_side[:, :S], h_backbone, cache, *context)
         if S < h_side.size(1):  # the P image positions after the text have no rung (Sec. 4)
@@ -85,16 +87,17 @@ class SideStack(nn.Module):
     def __init__(self, blocks: Sequence[nn.Module], final_norm: nn.Module, D: int, d: int,
                  keep: Sequence[int], rung=Gate, dropout: float = 0.0, checkpoint: bool = False):
         super().__init__()
-        self.keep, self.checkpoint = tuple(keep), checkpoint
-        self.reads = self.keep  # the layers whose output a rung reads
+        self.keep = self.reads = tuple(keep)  # reads: the layers whose output is read
         self.down_emb = nn.Linear(D, d)  # word embeddings enter ungated: there is no h_side yet
-        self.blocks = nn.ModuleList(SideBlock(rung(D, d), block) for block in blocks)
-        self.final_norm, self.dropout = final_norm, nn.Dropout(dropout)
+        rungs = [rung(D, d) for _ in keep] + [None] * (len(blocks) - len(keep))
+        self.blocks = nn.ModuleList(map(SideBlock, rungs, blocks))
+        self.final_norm, self.dropout, self.checkpoint = final_norm, nn.Dropout(dropout), checkpoint
 
     def forward(self, hidden: Sequence, *context, cache: list[dict] | None = None) -> Tensor:
         h_side = self.down_emb(self.dropout(hidden[0].to(self.final_norm.weight)))  # (B, S, d)
+        levels = [*self.keep] + [-1] * (len(self.blocks) - len(self.keep))  # -1: a free block's
         # Level i reads the backbone up to i only, so both could run in parallel (Sec. 1).
-        for i, block, block_cache in zip(self.keep, self.blocks, cache or [None] * len(self.keep)):
+        for i, block, block_cache in zip(levels, self.blocks, cache or [None] * len(levels)):
             # Sec. 3.4: a dropped layer is not here. Paper: the authors keep its gate, unread.
             h_side = call(block, h_side, hidden[i + 1], block_cache, *context,
                           recompute=self.checkpoint)  # (B, S, d); down keeps hidden[i + 1]
@@ -116,16 +119,16 @@ class LadderT5(Generates, nn.Module):
 
     r: reduction factor; Sec. 3.2 argues that LST saves most if it is above 2. keep: 0-based
     layers that have a side layer, in encoder and decoder (default: all). rung: made by rung(D, d).
-    Parameters with `requires_grad` train. Starts at random; prune.py (Sec. 3.3) fills in weights.
+    free: blocks on top of them. `requires_grad` says what trains. Random before prune.py (Sec. 3.3)
     """
 
-    def __init__(self, backbone: T5, r: int = 8, keep: Collection[int] | None = None, rung=Gate):
+    def __init__(self, backbone: T5, r=8, keep: Collection[int] | None = None, rung=Gate, free=0):
         super().__init__()
         self.r, config = r, side_config(backbone.config, r)
 
         def stack(num_layers: int, is_decoder: bool) -> SideStack:
             layers = sorted(range(num_layers) if keep is None else set(keep))
-            blocks = [Block(config, is_decoder) for _ in layers]
+            blocks = [Block(config, is_decoder) for _ in range(len(layers) + free)]
             norm = RMSNorm(config.d_model, config.layer_norm_epsilon)
             return SideStack(blocks, norm, backbone.config.d_model, config.d_model, layers, rung,
                              config.dropout_rate, config.checkpoint)
@@ -137,7 +140,7 @@ class LadderT5(Generates, nn.Module):
         self.up = nn.Linear(config.d_model, backbone.config.d_model)
         for side, bias in ((self.encoder, self.encoder_bias), (self.decoder, self.decoder_bias)):
             blocks, rungs = zip(*((layer.block, layer.rung) for layer in side.blocks))
-            for module in (*blocks, bias, side.down_emb, *rungs):
+            for module in (*blocks, bias, side.down_emb, *filter(None, rungs)):
                 module.apply(random_start)
         self.up.apply(random_start)
         self.visual, backbone.visual = backbone.visual, None  # the backbone reads text only
@@ -192,8 +195,6 @@ class LadderT5(Generates, nn.Module):
         return Decoding([memory, memory_side], caches)
 
     def step(self, ids: Tensor, state: Decoding) -> Tensor:
-        """Feed one more token to each row, (B, 1) -> logits (B, V)."""
-        (memory_backbone, memory_side), (cache_backbone, cache_side) = state.memories, state.caches
-        keep = self.decoder.reads
-        hidden = self.backbone.decode(ids, None, memory_backbone, cache_backbone, keep)
+        (memory, memory_side), (cache, cache_side) = state.memories, state.caches
+        hidden = self.backbone.decode(ids, None, memory, cache, self.decoder.reads)
         return self.logits(self.decode_side(hidden, None, memory_side, cache_side))[:, -1]

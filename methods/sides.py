@@ -23,20 +23,13 @@ class PlainGate(Gate):
         self.down = nn.Identity()
 
 
-class BareBlock(SideBlock):
-    """A side block without its rung: it does not read h_backbone, which may be None."""
-
-    def forward(self, h_side: Tensor, h_backbone: Tensor | None, *rest) -> Tensor:
-        return self.block(h_side, *rest)
-
-
 class WithoutRungs(LadderT5):
     """With one seed it starts as the ladder does: the rungs are drawn, too, before they go."""
 
     def __init__(self, backbone: T5, r=8, keep=None):
         super().__init__(backbone, r, keep)
         for stack in (self.encoder, self.decoder):
-            stack.blocks = nn.ModuleList(BareBlock(None, layer.block) for layer in stack.blocks)
+            stack.blocks = nn.ModuleList(SideBlock(None, layer.block) for layer in stack.blocks)
             stack.reads = ()
 
 

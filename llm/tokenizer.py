@@ -1,0 +1,120 @@
+"""Text to ids and back: SentencePiece for Llama-2, TinyLlama and Mistral, byte pairs for SmolLM2.
+
+A prompt is plain text, without a template: `start` comes before its ids, `space` before a word that
+continues it. What looks like a special token is text. Decoding stops at the end token.
+"""
+import json
+import re
+import unicodedata
+from functools import lru_cache
+from pathlib import Path
+
+from sentencepiece import SentencePieceProcessor
+
+from llm.llama import LlamaConfig, locate
+
+
+class SentencePieces:
+    """The tokenizer.model of Llama-2, TinyLlama and Mistral."""
+
+    start, space = [1], ""  # it has a space before every text
+
+    def __init__(self, path: Path, eos: int):
+        try:
+            self.pieces = SentencePieceProcessor(model_file=str(path))
+            assert (self.pieces.bos_id(), self.pieces.eos_id()) == (1, eos)
+        except (RuntimeError, OSError, UnicodeDecodeError, AssertionError):
+            raise ValueError(f"{path} is no SentencePiece model with start 1, end {eos}") from None
+        self.eos, self.vocab_size = eos, self.pieces.vocab_size()
+
+    def encode(self, text: str) -> list[int]:
+        return self.pieces.encode(text)
+
+    def decode(self, ids: list[int]) -> str:
+        return self.pieces.decode(until(self.eos, ids))
+
+
+class BytePairs:
+    """SmolLM2's tokenizer.json: GPT-2's byte pairs (arXiv:1508.07909), but each digit by itself."""
+
+    start, space = [], " "
+
+    def __init__(self, path: Path, eos: int):
+        try:
+            raw = json.loads(path.read_bytes())
+            self.vocab, merges = raw["model"]["vocab"], raw["model"]["merges"]
+            cuts = [cut["type"] for cut in raw["pre_tokenizer"]["pretokenizers"]]
+            assert cuts == ["Digits", "ByteLevel"]
+        except (OSError, ValueError, KeyError, TypeError, AssertionError):
+            raise ValueError(f"{path} is missing, or no tokenizer of SmolLM2's kind") from None
+        pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in merges]
+        self.rank = {tuple(pair): rank for rank, pair in enumerate(pairs)}
+        self.parts = {i: part for part, i in self.vocab.items()}
+        self.eos, self.vocab_size = eos, len(self.vocab)
+        self.merge = lru_cache(2**16)(self.merge)
+
+    def encode(self, text: str) -> list[int]:
+        return [self.vocab[part] for word in words(text) for part in self.merge(word)]
+
+    def merge(self, word: str) -> list[str]:
+        """Join the pair of neighbours that was learned first, until none of them was learned."""
+        parts = [LETTERS[byte] for byte in word.encode()]
+        while True:
+            learned = [pair for pair in zip(parts, parts[1:]) if pair in self.rank]
+            if not learned:
+                return parts
+            first, joined = min(learned, key=self.rank.get), []
+            for part in parts:
+                if joined and (joined[-1], part) == first:
+                    joined[-1] += part
+                else:
+                    joined.append(part)
+            parts = joined
+
+    def decode(self, ids: list[int]) -> str:
+        letters = "".join(self.parts.get(i, "") for i in until(self.eos, ids))
+        return bytes(map(BYTES.get, letters)).decode(errors="replace")
+
+
+LETTERS = {byte: chr(byte) for byte in [*range(33, 127), *range(161, 173), *range(174, 256)]}
+for byte in sorted(set(range(256)) - LETTERS.keys()):  # GPT-2 has a printable letter for each byte
+    LETTERS[byte] = chr(256 + len(LETTERS) - 188)
+BYTES = {letter: byte for byte, letter in LETTERS.items()}
+# GPT-2's pattern asks for Unicode's letters and numbers, which `re` does not know. So it runs over
+# the kinds of the characters: L letter, N number, b blank, s other space, o other.
+ENDING = re.compile("'(?:s|t|re|ve|m|ll|d)")
+WORD = re.compile("N|b?L+|b?o+|[bs]+(?![^bsN])|[bs]+")
+
+
+def words(text: str) -> list[str]:
+    """Cut a text into words with a blank before them, endings ('s), numbers, signs and spaces."""
+    kinds, found, i = "".join(map(kind, text)), [], 0
+    while i < len(text):
+        end = (ENDING.match(text, i) or WORD.match(kinds, i)).end()
+        found.append(text[i:end])
+        i = end
+    return found
+
+
+def kind(character: str) -> str:
+    if character.isspace() and character not in "\x1c\x1d\x1e\x1f":  # no spaces to Unicode
+        return "b" if character == " " else "s"
+    category = unicodedata.category(character)[0]
+    return category if category in "LN" else "o"
+
+
+def until(eos: int, ids: list[int]) -> list[int]:
+    return ids[: ids.index(eos)] if eos in ids else ids
+
+
+def load_tokenizer(model: str | Path) -> SentencePieces | BytePairs:
+    """The tokenizer of a folder or of a public name. ValueError: it does not fit config.json."""
+    folder = locate(model)
+    config = LlamaConfig.from_json(folder / "config.json")
+    sentence_pieces = (folder / "tokenizer.model").is_file()
+    kind, name = (SentencePieces, "model") if sentence_pieces else (BytePairs, "json")
+    tokenizer = kind(folder / f"tokenizer.{name}", config.eos_token_id)
+    if not 0 <= config.vocab_size - tokenizer.vocab_size < 128:  # rows may be spare
+        raise ValueError(f"{model}: the tokenizer has {tokenizer.vocab_size} words, config.json "
+                         f"says {config.vocab_size}: they do not belong together")
+    return tokenizer
