@@ -128,6 +128,7 @@ def test_a_sweep_counts_what_figs_5_and_6_train(monkeypatch, name, counts):
     assert rows_of("--sweep", *name.split()) == counts
 
 
+@slow
 def test_table_4_has_the_papers_order_as_published_and_today(capsys):
     small = rows_of("--table", "4", "--batch-size", "4", "--source-length", "16")
     assert [row["label"] for row in small] == [
