@@ -98,7 +98,7 @@ def parse(argv: Sequence[str] | None, description: str) -> argparse.Namespace:
     add("--init", type=path, help="prune by fisher (default) or magnitude; distill; random; or the "
         "folder of a run, whose side network is taken")
     add("--prune", default="published", choices=("published", "aligned"), help="how to choose rows")
-    add("--fisher-samples", type=positive, help="training rows (default 1024; texts, nano: 256)")
+    add("--fisher-samples", type=positive, help="rows (default 1024; nano, large tasks: 256)")
     add("--cache", type=float, metavar="GB", help="of hidden states to keep from epoch to epoch "
         "(default: a quarter of the free memory; 0 for one epoch, or on a GPU)")
     add("--side", default="ladder", choices=SIDES, help="ladder (default); alone: no rungs; last: "
