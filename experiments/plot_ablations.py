@@ -46,7 +46,7 @@ def draw(file: Path, title: str, lines: list[tuple[str, list[tuple]]]) -> None:
     high = max(low + 1, math.ceil(max(score + spread for _, score, spread, _ in every)))
     x_marks = ticks(max(memory for memory, *_ in every))
     x_unit, y_unit = (RIGHT - LEFT) / x_marks[-1], (BOTTOM - TOP) / (high - low)
-    parts = x_axis(x_marks, LEFT, x_unit, BOTTOM)
+    parts = [*x_axis(x_marks, LEFT, x_unit, BOTTOM)]
     parts.append(text((LEFT + RIGHT) / 2, BOTTOM + 34, "MiB of a training step", "middle"))
     for mark in range(low, high + 1, max(1, round((high - low) / 8))):
         y = BOTTOM - (mark - low) * y_unit

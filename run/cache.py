@@ -23,13 +23,15 @@ from side import LadderT5
 class States:
     """Of each source what the encoder's rungs read, of each target what the decoder's do."""
 
+    tokens = 1024  # that pass the backbone together: as much memory as a training step
+
     def __init__(self, ladder: LadderT5, rows: Sequence[Row], gigabytes: float, out: Path):
         self.file, self.gigabytes = TemporaryFile(dir=out, buffering=0), gigabytes
         self.places: dict[tuple, int] = {}  # (source,), (source, target): where its states begin
         began, progress, done = time.time(), Progress("hidden states, row", len(rows)), 0
         try:
             while done < len(rows):
-                group = rows[done : done + max(1, 1024 // len(rows[done].source))]
+                group = rows[done : done + max(1, self.tokens // len(rows[done].source))]
                 if self.file.tell() < gigabytes * 1e9:
                     self.write(ladder, group)
                 done += len(group)

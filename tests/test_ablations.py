@@ -33,7 +33,7 @@ def test_a_frozen_encoder_and_dropped_rungs_lower_a_rows_bytes(glue):
     lora, ladder = dict(method="lora"), peak()
     assert peak(side="alone") < ladder > peak(keep=[2])
     assert ladder < peak(**lora, freeze=2) < peak(**lora)
-    assert peak(method="y-tuning") > 0 < peak(classify=True)
+    assert peak(method="y-tuning", classify=True) > 0 < peak(classify=True)
 
 
 @pytest.mark.parametrize("figure, labels", [("fig5", ["r32", "64", "16"]), ("fig6", ["0,2", "5"])])

@@ -100,7 +100,9 @@ def test_a_full_disk_is_one_line_and_the_backbone_runs_as_before(tmp_path, capsy
 
 @pytest.mark.parametrize("more", [(), ("--keep", 1, "--accumulate", 2), ("--dtype", "bf16")],
                          ids=lambda more: " ".join(map(str, more[:2])))
-def test_losses_and_scores_are_those_of_a_run_that_keeps_nothing(argv, tmp_path, more):
+def test_losses_and_scores_are_those_of_a_run_that_keeps_nothing(
+        argv, tmp_path, monkeypatch, more):
+    monkeypatch.setattr(States, "tokens", 64)
     usual, found = ("--epochs", 2, "--dropout", 0, "--max-train-rows", 96, *more), []
     for size in (0, 0.00001, 1):  # nothing, the shorter rows, all
         results = train.main(argv(*usual, "--cache", size, "--out", tmp_path / str(size)))
