@@ -25,8 +25,8 @@ from run.report import exit_cleanly  # noqa: E402
 
 FILE = ROOT / "experiments" / "cache.json"
 RUNS = {
-    "sst2": {"without": "--max-train-rows 20000 --epochs 3 --cache 0",
-             "kept": "--max-train-rows 20000 --epochs 3"},
+    "sst2": {"without": "--max-train-rows 20000 --epochs 3 --cache 0 --fisher-samples 256",
+             "kept": "--max-train-rows 20000 --epochs 3 --fisher-samples 256"},
     "rte": {"without": "--epochs 20 --batch-size 8 --init magnitude --cache 0",
             "kept": "--epochs 20 --batch-size 8 --init magnitude",
             "full": "--epochs 20 --batch-size 8 --method full"},

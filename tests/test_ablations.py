@@ -23,6 +23,7 @@ def test_every_variant_is_in_a_figure_and_commands_differ():
     assert len({variant.flags for variant in VARIANTS.values()}) == len(VARIANTS)
 
 
+@pytest.mark.slow
 def test_a_frozen_encoder_and_dropped_rungs_lower_a_rows_bytes(glue):
     def peak(**changes):
         config = dict(task="sst2", model="nano", prompts="paper", method="lst", side="ladder", r=8,

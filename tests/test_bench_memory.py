@@ -114,6 +114,7 @@ def test_the_rows_count_what_the_paper_trains():
     assert table_3 == [100, 7.98, 7.54, 0.83, 1.26, 7.46]  # of the whole model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, counts", [
     ("size", [3_625_728, 3_538_944, 1_855_104, 1_769_472, 969_792, 884_736, 527_136, 442_368]),
     ("freeze --method adapters", [3_625_728, 2_721_984, 1_817_472, 909_120]),
@@ -265,6 +266,7 @@ def test_json_holds_what_main_returns_and_the_plot_is_svg(tmp_path, tiny, capsys
         assert [row["batch"] for row in result["rows"]] == [1, 1, 1, 4, 4, 4]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype, count", [("fp32", 8), ("bf16", 10)])  # bf16 beside fp32
 def test_time_measures_each_step_and_prints_it(tmp_path, tiny, capsys, dtype, count):
     result, text = result_of(

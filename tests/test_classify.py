@@ -81,6 +81,7 @@ def test_a_rows_target_becomes_the_number_of_its_class(backbone, task, prompts):
     assert texts == [example.target for example in examples]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", ["--classify --init fisher --fisher-samples 8 --lr 2e-2",
                                   "--method y-tuning --lr 5e-3"])
 def test_they_learn_the_easy_task(argv, more):

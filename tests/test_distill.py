@@ -63,6 +63,7 @@ def kl_of(net, rows):
     return total / len(rows)
 
 
+@pytest.mark.slow
 def test_distillation_brings_the_side_network_to_its_backbone_and_leaves_that_alone():
     torch.manual_seed(0)
     t5 = T5(T5Config(**SIZES))

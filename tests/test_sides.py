@@ -183,6 +183,7 @@ def test_a_cross_run_starts_its_rungs_by_pruning(argv, tmp_path):
     assert torch.equal(layer.rung.attention.q.weight, layer.block.self_attention.q.weight)
 
 
+@pytest.mark.slow
 def test_runs_tell_which_gates_they_have(argv, capsys):
     held = {side: train.main(argv("--side", side, "--r", 4, "--init", "random", "--max-steps", 1,
                                   "--overwrite"))["gates"] for side in SIDES}

@@ -77,6 +77,7 @@ def test_answers_come_from_kept_states_and_are_the_same(tmp_path):
         del net.backbone.encoder.forward
 
 
+@pytest.mark.slow
 def test_the_seeds_of_a_command_share_one_file(argv, monkeypatch):
     began, begin = [], States.__init__
     monkeypatch.setattr(States, "__init__", lambda *a: [began.append(a), begin(*a)] and None)
