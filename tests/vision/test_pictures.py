@@ -157,7 +157,8 @@ def test_pictures_have_the_settings_of_table_6(task, size, epoch, method):
     pytest.param("coco", 6, 4, marks=slow)])
 def test_a_run_cut_off_goes_on_to_the_same_bits(argv, tmp_path, monkeypatch, task, steps, at):
     soft(monkeypatch)
-    same = ("--task", task, "--max-steps", steps, "--save-steps", 3)  # an epoch has 7 steps, or 4
+    # an epoch has 7 steps, or 4
+    same = ("--task", task, "--max-steps", steps, "--save-steps", 3, "--cache", 1)
     train.main(argv(*same, "--out", tmp_path / "straight"))
     cut_off(monkeypatch, argv(*same), at)
     shown = spy(monkeypatch, features, "pool")
