@@ -44,7 +44,7 @@ class States:
                       "bytes": self.file.seek(0, 2), "seconds": round(time.time() - began, 1)}
 
     def write(self, ladder: LadderT5, rows: Sequence[Row]) -> None:
-        batch = [tensor.to(ladder.up.weight.device) for tensor in collate(rows)[:4]]
+        batch = [tensor.to(ladder.backbone.embed.weight.device) for tensor in collate(rows)[:4]]
         parts = zip((ladder.encoder, ladder.decoder), texts(*batch), ladder.hidden_states(*batch))
         for stack, keys, hidden in parts:
             for b, key in enumerate(keys):

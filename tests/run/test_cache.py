@@ -116,7 +116,7 @@ def test_losses_and_scores_are_those_of_a_run_that_keeps_nothing(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("at", [("run.cache", "collate", 2), ("train", "collate", 3),
+@pytest.mark.parametrize("at", [("run.cache", "collate", 1), ("train", "collate", 3),
                                 ("train", "collate", 10)], ids="{0[0]} {0[2]}".format)
 def test_killed_while_it_fills_or_later_it_goes_on_to_the_same_end(argv, tmp_path, children, at):
     command = argv("--epochs", 2, "--max-train-rows", 96, "--save-steps", 1, "--cache", 1)
