@@ -545,7 +545,7 @@ def load_t5(model: str | Path, device: str | torch.device = "cpu",
     config = replace(config, tie_word_embeddings=tied and "lm_head.weight" not in weights,
                      attention=attention, checkpoint=checkpoint,
                      dropout_rate=config.dropout_rate if dropout is None else dropout)
-    with torch.device("meta"), patch("torch.nn.init.normal_"):  # it takes the file's tensors
+    with torch.device("meta"), patch("torch.nn.init.normal_"):  # no random numbers: the file's come
         t5 = T5(config) if channels is None else CLIPT5(config, channels)
     state = {rename(name, NAMES): tensor.to(device, dtype) for name, tensor in weights.items()}
     state.pop(None, None)

@@ -21,6 +21,7 @@ from torch import nn
 from data import Row
 from memory import account, plot
 from memory.environment import CONVENTIONS, OF_TABLE_1
+from run import kernels
 from run.cache import States, kept_states
 from run.report import Progress, hardware, peak_memory, reset_peak
 
@@ -121,7 +122,7 @@ def fits(args: Namespace, cases: Sequence) -> dict:
 def step_of(net: nn.Module, batch: account.Batch) -> Callable[..., None]:
     """A training step as in train.py: step(checkpoint=False)."""
     trained = [p for p in net.train().parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-6, weight_decay=0.0, fused=True)
+    optimizer = kernels.AdamW(trained, lr=1e-6, weight_decay=0.0, fused=True)
 
     def step(checkpoint: bool = False) -> None:
         net.encoder.checkpoint = net.decoder.checkpoint = checkpoint

@@ -20,10 +20,11 @@ def distill(ladder: LadderT5, rows: list[data.Row], sentinel: int, lr: float, ba
     # learning rate, and sums KL over padding. Ours: cross-entropy + KL, both means over label
     # tokens, the run's learning rate after a tenth of warm-up, a random start, and no shortcuts,
     # which would hand on the teacher's own states.
-    student, device = Alone(ladder.backbone, ladder.r, ladder.encoder.keep), ladder.up.weight.device
+    config, keep, device = ladder.backbone.config, ladder.encoder.keep, ladder.up.weight.device
+    student = Alone(ladder.backbone, ladder.r, None if len(keep) == config.num_layers else keep)
     kernels.install(student.train())
     learned = trainable(student)
-    optimizer = torch.optim.AdamW(learned.values(), lr, weight_decay=0.0)
+    optimizer = kernels.AdamW(learned.values(), lr, weight_decay=0.0)
     batches = data.batches(rows, batch_size, seed, epoch=0)
     steps, progress = len(batches), Progress("distillation, step", len(batches))
     for step, indices in enumerate(batches):

@@ -38,7 +38,9 @@ class Alone(WithoutRungs):
 
     def embeddings(self, ids: Tensor) -> list[Tensor | None]:
         """What stands for the backbone's hidden states."""
-        return [self.backbone.embed(ids), *[None] * self.backbone.config.num_decoder_layers]
+        config = self.backbone.config
+        most = max(config.num_layers, config.num_decoder_layers)
+        return [self.backbone.embed(ids), *[None] * most]
 
     def hidden_states(self, source_ids, source_mask, decoder_ids, decoder_mask=None):
         return self.embeddings(source_ids), self.embeddings(decoder_ids)

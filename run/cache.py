@@ -32,6 +32,7 @@ class States:
         try:
             while done < len(rows):
                 group = rows[done : done + max(1, self.tokens // len(rows[done].source))]
+                group = group[: max(1, self.tokens // len(group[-1].source))]  # the longest
                 if self.file.tell() < gigabytes * 1e9:
                     self.write(ladder, group)
                 done += len(group)
@@ -100,6 +101,8 @@ def kept_states(ladder: LadderT5, states: States | None) -> Iterator[dict | None
     ladder.hidden_states = hidden_states
     if backbone.config.num_layers - 1 in ladder.encoder.keep:  # what the backbone's decoder reads
         backbone.encode = encode_again
-    yield states.about
-    del ladder.hidden_states
-    backbone.__dict__.pop("encode", None)
+    try:
+        yield states.about
+    finally:
+        del ladder.hidden_states
+        backbone.__dict__.pop("encode", None)

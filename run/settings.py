@@ -122,7 +122,9 @@ def cache_size(args: argparse.Namespace, out: Path, shared: dict[str, States]) -
 def states_of(args: argparse.Namespace, ladder: LadderT5, rows: Rows, answered: Rows,
               shared: dict[str, States]) -> States | None:
     """The states of these rows; the runs of a command share them while their task is the same."""
-    if args.cache and args.task not in shared:
+    if args.cache and args.task in shared:
+        shared[args.task].about = shared[args.task].about | {"seconds": 0.0}
+    elif args.cache:
         shared.clear()
         kept = distinct(rows, answered)
         shared[args.task] = States(ladder, kept, args.cache, Path(args.out))

@@ -14,7 +14,8 @@ from side import LadderT5
 
 def initialize(ladder: LadderT5, args: argparse.Namespace, rows: Rows,
                tokenizer: Tokenizer) -> None:
-    """Sec. 3.3: the side network starts from the rows and columns of the backbone that matter."""
+    """Sec. 3.3: the side network starts from the rows and columns of the backbone that matter; or
+    from a distilled network (Sec. 2.2), another run's, or random weights, as --init says."""
     if args.init == "magnitude":
         prune.init_side(ladder, prune.magnitude(ladder.backbone), args.prune)
     elif args.init == "fisher":

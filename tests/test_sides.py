@@ -202,3 +202,11 @@ def test_a_side_that_does_not_fit_is_refused_in_one_line(argv, tmp_path, capsys,
     before = contents(learned[0])
     refused(capsys, argv(*more.format(run=learned[0]).split()), *words.split("; "))
     assert not (tmp_path / "run").exists() and contents(learned[0]) == before
+
+
+def test_alone_takes_stacks_of_different_depth():
+    for layers, decoder_layers in ((3, 2), (2, 3)):
+        sizes = dict(vocab_size=50, d_model=32, d_kv=8, d_ff=64, num_heads=4)
+        t5 = T5(T5Config(num_layers=layers, num_decoder_layers=decoder_layers, **sizes))
+        ids = torch.ones(1, 3, dtype=torch.long)
+        assert SIDES["alone"](t5, 4)(ids, ids > 0, ids).shape == (1, 3, 50)
