@@ -5,7 +5,7 @@
 
 Peaks: the rows of Tables 1 and 3, eager as the paper; Table 1's (LST on T5-3B among them) also
 fused, with checkpointing and with a bf16 backbone. Times: T5-base at Table 1's batch, in fp32 and
-bf16, of full fine-tuning, LoRA and LST, without and with checkpointing, and of LST with its states kept.
+bf16: full fine-tuning, LoRA and LST, without and with checkpointing, and LST with states kept.
 """
 import subprocess
 import sys
