@@ -1,6 +1,7 @@
 """--cache: hidden states are kept from epoch to epoch, and nothing else changes."""
 import argparse
 import resource
+import shutil
 import signal
 
 import pytest
@@ -75,15 +76,20 @@ def test_answers_come_from_kept_states_and_are_the_same(tmp_path):
         net.backbone.encoder.forward = None  # nothing passes it
         assert torch.equal(net.generate(*batch, max_new_tokens=5), computed)
         del net.backbone.encoder.forward
+    with pytest.raises(FloatingPointError), keeping(net, tmp_path, {}, answered={"sst2": ROWS}):
+        raise FloatingPointError
+    assert not {"hidden_states", "encode"} & {*vars(net), *vars(net.backbone)}
 
 
 @pytest.mark.slow
 def test_the_seeds_of_a_command_share_one_file(argv, monkeypatch):
     began, begin = [], States.__init__
     monkeypatch.setattr(States, "__init__", lambda *a: [began.append(a), begin(*a)] and None)
-    results = train.main(argv("--task", "sst2,cola", "--seeds", "0,1", "--cache", 1))
+    free = iter((4_000_000, 8_000_000))  # asked once for each task
+    monkeypatch.setattr(report, "free_memory", lambda: next(free))
+    results = train.main(argv("--task", "sst2,cola", "--seeds", "0,1", "--epochs", 2))
     assert len(began) == 2  # one for each task
-    assert len({run["config"]["cache"] for run in results["runs"]}) == 1
+    assert [run["config"]["cache"] for run in results["runs"]] == [0.001, 0.001, 0.002, 0.002]
 
 
 def test_a_full_disk_is_one_line_and_the_backbone_runs_as_before(tmp_path, capsys):
@@ -142,6 +148,8 @@ def test_by_default_it_takes_a_quarter_of_the_free_memory_and_a_resume_as_much(
     assert size(epochs=1) == size(device="cuda") == size(method="lora") == size(cache=0.0) == 0
     write(tmp_path / "config.json", '{"cache": 0.5}')
     assert size(resume=True) == 0.5 and size() == 0.002
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: argparse.Namespace(free=4_000_000))
+    assert size() == 0.001
 
 
 def test_what_means_nothing_is_refused(argv, capsys):
