@@ -24,8 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import methods
-from methods.classify import EncoderLadder, YTuning
 from data import Batch, Row, in_order
+from methods.classify import EncoderLadder, YTuning
 from model import Tokenizer, load_t5, load_tokenizer
 from run import kernels, processes, report
 from run.cache import kept_states

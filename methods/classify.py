@@ -48,9 +48,14 @@ class YTuning(Classifier):
         self.register_buffer("answers", answers, persistent=False)
         self.to(backbone.embed.weight.device)
 
+    def train(self, mode: bool = True) -> "YTuning":
+        super().train(mode)
+        self.backbone.eval()  # as beside a ladder
+        return self
+
     def forward(self, source_ids: Tensor, source_mask: Tensor, *decoder) -> Tensor:
         with torch.no_grad():
-            _, memory = self.backbone.eval().encode(source_ids, source_mask)
+            _, memory = self.backbone.encode(source_ids, source_mask)
             bias, cross_bias = self.backbone.decoder.pos_bias(len(self.labels), None, memory.mask)
         features, D = memory.h.to(self.labels.dtype), self.labels.size(1)
         h = self.labels.expand(len(features), -1, -1)  # (B, 1 + C, D)

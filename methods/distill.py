@@ -39,6 +39,8 @@ def distill(ladder: LadderT5, rows: list[data.Row], sentinel: int, lr: float, ba
         answer = torch.log_softmax(student(*inputs)[real].float(), dim=-1)  # (tokens, V)
         kl = F.kl_div(answer, teacher, reduction="batchmean", log_target=True)
         loss = F.nll_loss(answer, labels[real]) + kl
+        if not loss.isfinite():
+            raise FloatingPointError(f"distillation's loss is {loss.item()}; try a lower --lr")
         loss.backward()
         torch.nn.utils.clip_grad_norm_(learned.values(), 1.0)
         optimizer.step()

@@ -73,11 +73,12 @@ def some(rows: Rows, count: int, seed: int, device: str, size: int = 32) -> Iter
 def distinct(rows: Rows, answered: Rows) -> list[data.Row]:
     """From short to long, each row once; of a question about pictures one for each answer. What is
     answered, not trained on, comes with an empty target."""
-    found = {(*row.source, EOS): data.Row(row.source, [EOS]) for row in chain(*answered.values())}
+    found = {(tuple(row.source), (EOS,)): data.Row(row.source, [EOS])
+             for row in chain(*answered.values())}
     for row in chain(*rows.values()):
         question = isinstance(row, vision.tasks.Question)
         targets = [ids for ids, _ in row.answers] or [[EOS]] if question else [row.target]
-        found |= {(*row.source, *ids): data.Row(row.source, ids) for ids in targets}
+        found |= {(tuple(row.source), tuple(ids)): data.Row(row.source, ids) for ids in targets}
     return sorted(found.values(), key=lambda row: len(row.source))
 
 

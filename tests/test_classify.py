@@ -99,3 +99,8 @@ def test_they_learn_the_easy_task(argv, more):
 def test_what_table_2_lacks_is_refused_in_one_line(argv, tmp_path, capsys, learned, more, words):
     refused(capsys, argv(*more.format(run=learned[0]).split()), words)
     assert not (tmp_path / "run").exists()
+
+
+def test_the_frozen_encoder_has_no_dropout_while_labels_train():
+    net = tiny(YTuning).train()
+    assert net.training and not any(module.training for module in net.backbone.modules())
