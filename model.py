@@ -143,8 +143,8 @@ class PositionBias(nn.Module):
     def positions(self, T: int, S: int) -> Tensor:
         """The bias (1, H, T, S) of the last T of S positions towards all of them."""
         keys = torch.arange(S, device=self.table.weight.device)
-        distance = keys[None, :] - keys[S - T :, None]
-        return self.table(self.buckets(distance)).permute(2, 0, 1)[None]  # (1, H, T, S)
+        buckets = self.buckets(keys[None, :] - keys[S - T :, None])
+        return self.table(buckets).permute(2, 0, 1).contiguous()[None]  # rows, as CUDA wants them
 
     def forward(self, T: int, mask: Tensor | None = None, memory_mask: Tensor | None = None,
                 past: int = 0, P: int = 0) -> tuple[Tensor, Tensor | None]:
@@ -308,8 +308,7 @@ class Stack(nn.Module):
         """
         memory, memory_mask = memory or (None, None)
         self_bias, cross_bias = self.pos_bias(h.size(1), mask, memory_mask, cached_length(cache), P)
-        h = self.dropout(h)
-        hidden = [h]
+        hidden = [h := self.dropout(h)]
         for i, block in enumerate(self.blocks):
             inputs = h, cache[i] if cache else None, self_bias, memory, cross_bias
             h = call(block, *inputs, recompute=self.checkpoint)
@@ -582,6 +581,8 @@ SENTINELS = 100  # <extra_id_0> ... <extra_id_99>, the last ids, counted from th
 class Tokenizer:
     """SentencePiece with T5's sentinels on top. Text that looks like an end token is text."""
 
+    start, end, space, eos, longest = [], [EOS], "", EOS, 128  # of a source; a Llama has others
+
     def __init__(self, path: str | Path):
         try:
             self.pieces = SentencePieceProcessor(model_file=str(path))
@@ -589,8 +590,7 @@ class Tokenizer:
             raise ValueError(f"{path} is missing or no SentencePiece model; {CONTENTS}") from None
         special = (self.pieces.pad_id(), self.pieces.eos_id(), self.pieces.unk_id())
         if special != (PAD, EOS, UNK):
-            raise ValueError(f"{path} is not T5's: its pad, end and unknown ids are {special}, "
-                             f"must be {(PAD, EOS, UNK)}")
+            raise ValueError(f"{path} is not T5's: its pad, end and unknown are {special}")
         self.vocab_size = self.pieces.vocab_size() + SENTINELS
 
     def encode(self, text: str) -> list[int]:

@@ -100,6 +100,13 @@ def test_buckets_of_near_and_far_distances_equal_transformers(num, far, kind):
     assert ours.tolist() == saved[f"{kind} {num} {far}"].tolist()
 
 
+@pytest.mark.parametrize("is_decoder", [False, True])
+def test_biases_have_whole_rows_without_which_no_fused_kernel_of_cuda_takes_them(is_decoder):
+    mask = torch.ones(2, 7, dtype=torch.bool)
+    self_bias, cross_bias = PositionBias(T5Config(), is_decoder)(7, mask, mask)
+    assert self_bias.stride(-1) == cross_bias.stride(-1) == 1
+
+
 @pytest.mark.parametrize("files", ["model", "shards"])
 @pytest.mark.parametrize("name", SAVED)
 @torch.no_grad()
