@@ -5,7 +5,6 @@
 """
 import os
 import re
-import textwrap
 import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -16,10 +15,11 @@ from urllib.parse import urljoin
 import torch
 from torch import Tensor, nn
 
-from model import EOS, PAD, Tokenizer
+from model import PAD, Tokenizer
 from run.folder import lock
 from run.hub import download, sha256_of
 from run.metrics import glue_score
+from run.prompts import PLAIN
 
 GLUE = "https://dl.fbaipublicfiles.com/glue/data/"  # GLUE_BASE_URL names a mirror of it
 CACHE = "~/.cache/ladder-side-tuning/glue"
@@ -91,10 +91,12 @@ class Task:
                 return replace(self._read(SAMPLE, prompts), fallback=str(error))
             raise ValueError(f"{error}. Or put it into DIR/{self.title}: --data DIR") from error
 
-    def encode(self, examples: Sequence[Example], tokenizer: Tokenizer, longest=128) -> list[Row]:
-        """Return token ids, each text with its end token; a source is cut to `longest`."""
-        targets = {text: tokenizer.encode(text) + [EOS] for text in {e.target for e in examples}}
-        return [Row(tokenizer.encode(example.source)[:longest - 1] + [EOS],
+    def encode(self, examples: Sequence[Example], tokenizer: Tokenizer) -> list[Row]:
+        """Return token ids, each target with its end token; sources are cut."""
+        most = tokenizer.longest - len(tokenizer.start + tokenizer.end)
+        targets = {text: tokenizer.encode(tokenizer.space + text) + [tokenizer.eos]
+                   for text in {example.target for example in examples}}
+        return [Row(tokenizer.start + tokenizer.encode(example.source)[:most] + tokenizer.end,
                     targets[example.target]) for example in examples]
 
     def draw(self, rows: list[Row], seed: int, step: int) -> list[Row]:
@@ -119,8 +121,10 @@ class Task:
 
     def read(self, text: str, prompts: str) -> tuple[int | float | None, str]:
         """Return the label of a generated text, None if it is no answer, and how to show it."""
-        label = self._label(text.strip())
-        if label is None or self.words and self.target(label, prompts) != text.strip():
+        text = text.strip()
+        answers = [self.target(label, prompts) for label in range(len(self.words))]
+        label = answers.index(text) if text in answers else None if answers else self._label(text)
+        if label is None:
             return None, f"{text!r}, which is no answer of {self.name}"
         return label, self.words[label] if self.words else str(label)
 
@@ -132,12 +136,15 @@ class Task:
 
     def target(self, label: int | float, prompts: str) -> str:
         if self.words:
-            return self.words[label] if prompts == "t5" else str(label)
+            words = {"t5": self.words, "plain": PLAIN[self.name][1]}.get(prompts)
+            return words[label] if words else str(label)
         # Paper: the authors meant T5's rounding to 0.2, but their code rounds to 0.1.
         return f"{round(label * 5) / 5:.1f}" if prompts == "t5" else f"{label:.1f}"
 
     def _source(self, texts: Sequence[str], prompts: str) -> str:
         """Return the prompt: `rte sentence1: A sentence2: B`. T5 has the tags in their order."""
+        if prompts == "plain":
+            return PLAIN[self.name][0].format(*texts)
         tags = [tag.rstrip(":") + ":" if prompts == "t5" else tag for tag in self.fields]
         parts = [f"{tag} {text}" for tag, text in zip(tags, texts)]
         return " ".join([self.name, *(sorted(parts) if prompts == "t5" else parts)])
@@ -259,14 +266,6 @@ def split(validation: str, train: list, dev: list, mismatched: list = (), most: 
     rows, size = (dev, len(dev) // 2) if half else (train, min(most, max(1, len(train) // 10)))
     rows = [rows[i] for i in torch.randperm(len(rows), generator=generator).tolist()]
     return (train, rows[:size], rows[size:]) if half else (rows[size:], rows[:size], dev)
-
-
-def banner(reason: str) -> str:
-    """Return the box that says that the bundled sample stands in for SST-2."""
-    text = (f"THIS IS NOT SST-2: THE DOWNLOAD FAILED: {reason}. No score of this small bundled "
-            "sample can be compared with the paper's. For SST-2 give --data DIR with DIR/SST-2.")
-    box = [f"#  {line:<72}  #" for line in ["", *textwrap.wrap(text, 72), ""]]
-    return "\n".join(["#" * 78, *box, "#" * 78])
 
 
 def batches(rows: Sequence[Row], size: int, seed: int, epoch: int) -> list[list[int]]:

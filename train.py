@@ -26,11 +26,12 @@ from torch import Tensor, nn
 import methods
 from data import Batch, Row, in_order
 from methods.classify import EncoderLadder, YTuning
-from model import Tokenizer, load_t5, load_tokenizer
+from model import Tokenizer
 from run import kernels, processes, report
+from run.backbones import build_lm, decoder_only, load_backbone, load_tokenizer
 from run.cache import kept_states
 from run.folder import Run, load_trained, read_config, trainable
-from run.options import DTYPES, parse
+from run.options import parse
 from run.predict import draw, predict
 from run.report import print0
 from run.settings import announce, check_frozen, conclude, load_data, run_of, states_of
@@ -38,6 +39,7 @@ from run.start import initialize
 from run.sweep import run_all
 from run.tasks import (TASKS, Rows, as_classes, average, batches, class_texts, collate, encode,
                        has_pictures)
+from side import LadderT5
 from vision.clip import load_clip
 from vision.features import Features, clip_features
 
@@ -46,9 +48,11 @@ from vision.features import Features, clip_features
 
 def build(args: argparse.Namespace) -> nn.Module:
     """The backbone with what the method trains: requires_grad says which parameters those are."""
+    if decoder_only(args.model):
+        return build_lm(args)
     channels = load_clip(args.clip).channels if has_pictures(args.task) else None
-    t5 = load_t5(args.model, args.device, DTYPES[args.dtype], checkpoint=args.checkpoint,
-                 dropout=args.dropout, channels=channels)
+    t5 = load_backbone(args.model, args.device, args.dtype, checkpoint=args.checkpoint,
+                       dropout=args.dropout, channels=channels)
     if args.classify:
         answers = class_texts(args.task, args.prompts, load_tokenizer(args.model))
         if args.method == "y-tuning":
@@ -56,6 +60,8 @@ def build(args: argparse.Namespace) -> nn.Module:
         return EncoderLadder(t5, answers, args.r)
     if args.method != "lst":
         return methods.apply(t5, args.method, args.as_authors, args.freeze, args.size)
+    if args.free:
+        return LadderT5(t5, args.r, args.keep, free=args.free)
     return methods.SIDES[args.side](t5, r=args.r, keep=args.keep)
 
 

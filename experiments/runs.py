@@ -86,7 +86,7 @@ class Runs:
 
     def __init__(self, which: str):
         self.which, self.path = which, ROOT / "experiments" / f"{which}.json"
-        self.variants = TABLES[which][0] | TABLES[which][1]
+        self.variants, self.here = TABLES[which][0] | TABLES[which][1], {"python": sys.executable}
         self.lock = threading.Lock()
 
     def all(self) -> list[dict]:
@@ -113,7 +113,7 @@ class Runs:
             line, took = self.make("vqa-lst", seed, data, jobs)
             if took is None:
                 return line, took
-        here = {"python": sys.executable, "glue": data, "easy_vqa": data}  # on this machine
+        here = self.here | {"glue": data, "easy_vqa": data}  # on this machine
         command = [here.get(word, word) for word in variant.command([seed]).split()]
         command += ["--out", f"{folder}/{name}-{seed}", "--resume"]
         threads = {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // jobs))}
@@ -125,7 +125,8 @@ class Runs:
         run = json.loads((ROOT / folder / f"{name}-{seed}" / "results.json").read_text("utf-8"))
         run["config"] = {key: value for key, value in run["config"].items()
                          if not str(value).startswith("/")}  # no paths of this machine
-        run |= {"command": variant.command([seed]), "runs_at_a_time": jobs}
+        run |= {"command": variant.command([seed]), "runs_at_a_time": jobs,
+                "model": Path(run["model"]).name}
         self.add({"variant": name} | run)
         score = run["test"]["score"]
         return f"{name}, seed {seed}: {score:.2f} in {run['seconds']:.0f} s", run["seconds"]

@@ -45,7 +45,8 @@ class LadderLM(CausalLM):
         layers = sorted(range(len(backbone.layers)) if keep is None else set(keep))
         blocks = [Block(self.narrow) for _ in range(len(layers) + free)]
         norm = RMSNorm(d, self.config.rms_norm_eps)
-        self.side, self.up = SideStack(blocks, norm, D, d, layers, rung, dropout), nn.Linear(d, D)
+        self.side = SideStack(blocks, norm, D, d, layers, rung, dropout, self.config.checkpoint)
+        self.up = nn.Linear(d, D)
         if end == "sum":
             nn.init.zeros_(self.up.weight)
             nn.init.zeros_(self.up.bias)

@@ -218,6 +218,7 @@ class Llama(CausalLM):
 
 
 PUBLIC = read_json(Path(__file__).with_name("public.json"))  # name: repository, revision, hashes
+NAMES = {*PUBLIC, *(public["repo"] for public in PUBLIC.values())}
 
 
 def locate(model: str | Path) -> Path:

@@ -1,7 +1,8 @@
 """Text to ids and back: SentencePiece for Llama-2, TinyLlama and Mistral, byte pairs for SmolLM2.
 
-A prompt is plain text, without a template: `start` comes before its ids, `space` before a word that
-continues it. What looks like a special token is text. Decoding stops at the end token.
+A prompt is plain text, without a template: `start` comes before its ids, `end` (nothing) behind
+them, `space` before a word that continues it. `longest` is how many ids a prompt has at most. What
+looks like a special token is text. Decoding stops at the end token.
 """
 import json
 import re
@@ -17,7 +18,7 @@ from llm.llama import LlamaConfig, locate
 class SentencePieces:
     """The tokenizer.model of Llama-2, TinyLlama and Mistral."""
 
-    start, space = [1], ""  # it has a space before every text
+    start, end, space, longest = [1], [], "", 512  # it has a space before every text
 
     def __init__(self, path: Path, eos: int):
         try:
@@ -37,7 +38,7 @@ class SentencePieces:
 class BytePairs:
     """SmolLM2's tokenizer.json: GPT-2's byte pairs (arXiv:1508.07909), but each digit by itself."""
 
-    start, space = [], " "
+    start, end, space, longest = [], [], " ", 512
 
     def __init__(self, path: Path, eos: int):
         try:
@@ -107,13 +108,17 @@ def until(eos: int, ids: list[int]) -> list[int]:
     return ids[: ids.index(eos)] if eos in ids else ids
 
 
+def file_of(folder: Path) -> Path:
+    pieces = folder / "tokenizer.model"
+    return pieces if pieces.is_file() else folder / "tokenizer.json"
+
+
 def load_tokenizer(model: str | Path) -> SentencePieces | BytePairs:
     """The tokenizer of a folder or of a public name. ValueError: it does not fit config.json."""
     folder = locate(model)
     config = LlamaConfig.from_json(folder / "config.json")
-    sentence_pieces = (folder / "tokenizer.model").is_file()
-    kind, name = (SentencePieces, "model") if sentence_pieces else (BytePairs, "json")
-    tokenizer = kind(folder / f"tokenizer.{name}", config.eos_token_id)
+    path = file_of(folder)
+    tokenizer = (SentencePieces if path.suffix == ".model" else BytePairs)(path, config.eos_token_id)
     if not 0 <= config.vocab_size - tokenizer.vocab_size < 128:  # rows may be spare
         raise ValueError(f"{model}: the tokenizer has {tokenizer.vocab_size} words, config.json "
                          f"says {config.vocab_size}: they do not belong together")

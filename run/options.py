@@ -9,21 +9,23 @@ from collections.abc import Sequence
 import torch
 
 import data
+from llm.llama import PUBLIC as LLMS
 from methods import METHODS, SIDES
 from model import NANO, PUBLIC
+from run.backbones import DTYPES, decoder_only
 from run.tasks import TASKS, has_pictures
 from vision.clip import CLIP_PUBLIC
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 INITS = ("fisher", "magnitude", "random", "distill")
 NAMES = ("nano", "sample", *INITS)  # not folders, even where there is one
 READ_BY = {  # option -> the runs that read it; one that is not here is read by all that train
     **dict.fromkeys(("task", "model", "device", "predict"), {"training", "--predict"}),
     "out": {"training", "--predict", "--plot"}, "plot": {"--plot"},
-    **dict.fromkeys(("r", "keep", "init", "side", "classify", "cache"), {"--method lst"}),
+    **dict.fromkeys(("r", "keep", "free", "init", "side", "classify", "cache"), {"--method lst"}),
+    **dict.fromkeys(("end", "side_dtype"), {"--method lst beside a decoder-only --model"}),
     "prune": {"--init fisher", "--init magnitude"}, "fisher_samples": {"--init fisher"},
     "freeze": {f"--method {method}" for method in METHODS if method != "prompt"},
-    "size": {"--method adapters", "--method lora", "--method prompt"},
+    "size": {f"--method {method}" for method in ("adapters", "lora", "prompt", "qlora")},
     "as_authors": {"--method lora", "--method prompt"}, "prompts": {"a task on texts"},
     "clip": {"a task on pictures", "--predict"}, "image": {"--predict"},
 }
@@ -84,17 +86,20 @@ def parse(argv: Sequence[str] | None, description: str) -> argparse.Namespace:
     parser = Parser(description)
     add = parser.add_argument_group("what to train").add_argument
     add("--task", type=runs_of, help=f"{', '.join(TASKS)}; a list, or glue; vqa+gqa: in one run")
-    add("--model", type=path, help=f"backbone: nano (default), {', '.join(PUBLIC)}, a folder")
-    add("--method", default="lst", choices=("lst", *METHODS, "y-tuning"),
-        help="lst: the ladder (default)")
+    add("--model", type=path, help=f"backbone: nano (default), {', '.join([*PUBLIC, *LLMS])}, or a "
+        "folder")
+    add("--method", default="lst", choices=("lst", *METHODS, "y-tuning", "qlora"),
+        help="lst: the ladder (default); a decoder-only model knows lst and qlora")
     add("--data", type=path, help="folder of official files, or sample (default: download; draw)")
-    add("--prompts", default="paper", choices=("paper", "t5"), help="labels as digits, or as words")
+    add("--prompts", choices=("paper", "t5", "plain"), help="labels as digits (default), as T5's "
+        "words, or plain English (default of a decoder-only model)")
     add("--clip", type=path, help=f"CLIP: nano (default), {', '.join(CLIP_PUBLIC)}, a folder")
     add("--max-train-rows", type=positive, help="use only the first N training rows")
     add = parser.add_argument_group("the ladder (Sec. 3)").add_argument
     add("--r", "--reduction", type=positive, help="reduction factor (default 8; for pictures 4, "
         "for --side adapters 16); after torchrun, which has an --r of its own, write --reduction")
     add("--keep", type=numbers, help="0-based layers that have a side layer: 1,3,5 (default: all)")
+    add("--free", type=whole, default=0, help="side blocks without a rung on top (xLadder)")
     add("--init", type=path, help="prune by fisher (default) or magnitude; distill; random; or the "
         "folder of a run, whose side network is taken")
     add("--prune", default="published", choices=("published", "aligned"), help="how to choose rows")
@@ -103,11 +108,14 @@ def parse(argv: Sequence[str] | None, description: str) -> argparse.Namespace:
         "(default: a quarter of the free memory; 0 for one epoch, or on a GPU)")
     add("--side", default="ladder", choices=SIDES, help="ladder (default); alone: no rungs; last: "
         "Side-tuning; cross: cross-attention; adapters: adapter blocks")
+    add("--end", default="sum", choices=("sum", "up"), help="the head of a decoder-only model reads "
+        "the backbone's end and up (default), or up alone as in the paper")
+    add("--side-dtype", default="fp32", choices=("fp32", "bf16"), help="of a decoder-only model's")
     add("--classify", action="store_true", help="side encoder and classification head (Table 2)")
     add = parser.add_argument_group("the other methods (Sec. 4)").add_argument
     add("--as-authors", action="store_true", help="the authors' reading of lora or prompt")
     add("--freeze", type=whole, default=0, help="lowest layers left alone, the encoder's first")
-    add("--size", type=positive, help="reduction of adapters, rank of lora, number of prompts")
+    add("--size", type=positive, help="reduction of adapters, rank of (q)lora, number of prompts")
     add = parser.add_argument_group("the run (it prints what it takes by default)").add_argument
     add("--epochs", type=positive, help="passes over the training rows")
     add("--max-steps", type=positive, help="stop after so many steps")
@@ -121,7 +129,8 @@ def parse(argv: Sequence[str] | None, description: str) -> argparse.Namespace:
     gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     gpus = ["cuda", *gpus] if gpus else []
     add("--device", default=[*gpus, "cpu"][0], choices=["cpu", *gpus], help="default: %(default)s")
-    add("--dtype", default="fp32", choices=DTYPES, help="of the frozen backbone: fp32 or bf16")
+    add("--dtype", choices=DTYPES, help="of the frozen backbone: fp32 (default), bf16 (default of a "
+        "decoder-only one) or nf4 (4 bits; qlora's)")
     add("--checkpoint", action="store_true", help="less memory: backward computes layers again")
     files = parser.add_argument_group("files")
     add, either = files.add_argument, files.add_mutually_exclusive_group().add_argument
@@ -134,7 +143,10 @@ def parse(argv: Sequence[str] | None, description: str) -> argparse.Namespace:
     add("--plot", type=path, metavar="FILE.svg", help="draw the loss of the run in --out")
 
     args = parser.parse_args(argv)
-    args.init = args.init or ("random" if args.side == "adapters" else "fisher")
+    lm = decoder_only(args.model or "nano")
+    args.init = args.init or ("random" if lm or args.side == "adapters" else "fisher")
+    args.prompts = args.prompts or ("plain" if lm else "paper")
+    args.dtype = args.dtype or ("nf4" if args.method == "qlora" else "bf16" if lm else "fp32")
     args.classify = args.classify or args.method == "y-tuning"
     no_defaults = argparse.Namespace(**dict.fromkeys(vars(args)))
     given = vars(parser.parse_args(argv, no_defaults)).items()
@@ -149,7 +161,8 @@ def parse(argv: Sequence[str] | None, description: str) -> argparse.Namespace:
 def check(parser: Parser, args: argparse.Namespace, given: list[str]) -> None:
     """Refuse what does not go together, and an option that means nothing where it is given."""
     training = args.predict is None and args.plot is None
-    pictures = any(map(has_pictures, args.task or []))
+    pictures, lm = any(map(has_pictures, args.task or [])), decoder_only(args.model or "nano")
+    fixed = args.side != "ladder" or args.init in {*INITS} - {"random"} or args.classify
     wrong = {
         f"--task is missing: choose from {', '.join(TASKS)}": training and not args.task,
         "--resume, --predict and --plot need --out, the folder of a run":
@@ -176,6 +189,18 @@ def check(parser: Parser, args: argparse.Namespace, given: list[str]) -> None:
             args.classify and (pictures or "stsb" in (args.task or [])),
         "--classify has a side encoder with all layers: leave --keep, --side, --init distill out":
             args.classify and (args.keep or args.side != "ladder" or args.init == "distill"),
+        f"--method {args.method} --dtype {args.dtype}: 4 bits are for lst, and what qlora has":
+            (args.dtype == "nf4") > (args.method in ("lst", "qlora")) or
+            args.method == "qlora" and args.dtype != "nf4",
+        "--method qlora is for a decoder-only --model": args.method == "qlora" and not lm,
+        f"a decoder-only --model learns texts by lst or qlora, not by {args.method}":
+            lm and training and (pictures or args.method not in ("lst", "qlora")),
+        "beside a decoder-only --model a ladder has --side ladder, --init random or a run's folder, "
+        "no --classify and no --cache": lm and args.method == "lst" and (fixed or args.cache),
+        "--checkpoint computes side blocks again in float32: leave --side-dtype bf16 out":
+            args.checkpoint and args.side_dtype == "bf16",
+        "--free is for --side ladder, without --classify":
+            args.free > 0 and (args.side != "ladder" or args.classify),
         f"--init {args.init!r} is no folder; choose from {', '.join(INITS)}, or name a run's":
             args.init not in INITS and not (args.resume or os.path.isdir(args.init)),
     }
@@ -187,6 +212,7 @@ def check(parser: Parser, args: argparse.Namespace, given: list[str]) -> None:
         kinds = {"training", f"--method {args.method}"}
         kinds |= {f"a task on {'pictures' if has_pictures(run) else 'texts'}" for run in args.task}
         kinds |= {f"--init {args.init}"} if args.method == "lst" else set()
+        kinds |= {"--method lst beside a decoder-only --model"} if args.method == "lst" and lm else set()
     for name in given:
         readers = READ_BY.get(name, {"training"})
         if not readers & kinds:

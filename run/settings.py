@@ -2,6 +2,7 @@
 import argparse
 import math
 import shutil
+import textwrap
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
@@ -10,10 +11,12 @@ from unittest.mock import patch
 import torch
 from torch import nn
 
-from data import Dataset, banner
+from data import Dataset
+from llm import Llama, LlamaConfig
 from methods.defaults import ANY, DEFAULTS
-from model import T5, T5Config, load_tokenizer, locate, weight_files
+from model import T5, T5Config
 from run import report
+from run.backbones import config_of, decoder_only, files_of, load_tokenizer
 from run.cache import States
 from run.folder import Run, read_config, read_json, trainable
 from run.hub import sha256_of
@@ -31,6 +34,8 @@ def fill_defaults(args: argparse.Namespace, datasets: dict[str, Dataset]) -> Non
     fits = {ANY, args.model, args.method, f"--side {args.side}", *rows}
     fits |= {"pictures" if has_pictures(args.task) else "texts"}
     fits |= {"joint"} if len(rows) > 1 else set()
+    if decoder_only(args.model):
+        fits |= {"decoder-only"} | ({"wide heads"} if config_of(args.model).head_dim > 64 else set())
     fits |= {"large"} if sum(map(len, rows.values())) > 30_000 else set()
     fits |= {dataset.name for dataset in datasets.values()}
     settings = {"epochs": TASKS[next(iter(rows))].epochs, "fisher_samples": 1024}
@@ -46,23 +51,25 @@ def fill_defaults(args: argparse.Namespace, datasets: dict[str, Dataset]) -> Non
         args.warmup_steps = args.steps // 10
 
 
-def check_ladder(config: T5Config, r: int, keep: Collection[int] | None) -> None:
+def check_ladder(config: T5Config | LlamaConfig, r: int, keep: Collection[int] | None) -> None:
     """ValueError if a ladder of this shape does not fit beside such a backbone."""
-    good = [n for n in range(1, config.d_kv + 1)
-            if not (config.d_model % n or config.d_kv % n or config.d_ff % n)]
+    if isinstance(config, LlamaConfig):  # rotary positions turn pairs of numbers: K / 2
+        widths = config.hidden_size, config.intermediate_size, config.head_dim // 2
+        num_layers, names = config.num_hidden_layers, "hidden and intermediate size and head_dim / 2"
+    else:
+        widths, names = (config.d_model, config.d_kv, config.d_ff), "d_model, d_kv and d_ff"
+        num_layers = min(config.num_layers, config.num_decoder_layers)
+    good = [n for n in range(1, min(widths) + 1) if not any(width % n for width in widths)]
     if r not in good:
-        raise ValueError(f"r is {r}, but it must divide d_model, d_kv and d_ff: choose from {good}")
-    layers = range(min(config.num_layers, config.num_decoder_layers))
-    if keep and not set(keep) <= set(layers):
-        raise ValueError(f"keep is {[*keep]}, but the backbone's layers are 0 to {layers[-1]}")
+        raise ValueError(f"r is {r}, but it must divide {names}: choose from {good}")
+    if keep and max(keep) >= num_layers:
+        raise ValueError(f"keep is {[*keep]}, but the backbone's layers are 0 to {num_layers - 1}")
 
 
 def load_data(args: argparse.Namespace) -> dict[str, Dataset]:
     """Each task's data, with which the options are complete: they are filled in and checked."""
-    config = T5Config.from_json(locate(args.model, "config.json"))
-    if not 0 <= config.vocab_size - load_tokenizer(args.model).vocab_size < 128:  # T5 has 28 spare
-        raise ValueError(f"{args.model}: spiece.model does not fit config.json's vocab_size "
-                         f"{config.vocab_size}: they do not belong together")
+    config = config_of(args.model)
+    load_tokenizer(args.model)
     datasets = {}
     for name in args.task.split("+"):
         dataset = TASKS[name].load(args.data, args.prompts)
@@ -74,10 +81,10 @@ def load_data(args: argparse.Namespace) -> dict[str, Dataset]:
         check_ladder(config, args.r, args.keep)
         if args.init not in INITS and not args.resume:
             start = check_frozen(args.init, args)
-            shape = ("r", "keep", "side", "classify")
+            shape = ("r", "keep", "free", "side", "classify", "end")
             if any(start[name] != getattr(args, name) for name in shape):
                 had = f"--r {start['r']} --keep {start['keep'] or 'all'} --side {start['side']}"
-                had += " --classify" * start["classify"]
+                had += " --classify" * start["classify"] + f" --free {start['free']}"
                 raise ValueError(f"the side network in {args.init} has {had}: it does not fit, "
                                  "give the same")
     return datasets
@@ -85,8 +92,7 @@ def load_data(args: argparse.Namespace) -> dict[str, Dataset]:
 
 def hashes(args: argparse.Namespace) -> dict[str, str]:
     """sha256 of a run's frozen networks: of its backbone, with pictures also of its image tower."""
-    files = [locate(args.model, name) for name in ("config.json", "spiece.model")]
-    found = {"backbone_sha256": sha256_of(*files, *weight_files(args.model))}
+    found = {"backbone_sha256": sha256_of(*files_of(args.model))}
     if has_pictures(args.task):
         found["clip_sha256"] = sha256_of(*clip_files(args.clip))
     return found
@@ -105,6 +111,7 @@ def cache_size(args: argparse.Namespace, out: Path, shared: dict[str, States]) -
     """GB of states that may be kept: as given, as in the run that goes on or the one before, or a
     quarter of what is free. On a GPU, where reading may take longer, only as given."""
     reads = args.method == "lst" and args.side not in ("alone", "last") and not args.classify
+    reads = reads and not decoder_only(args.model)
     if reads and world_size() > 1 and (args.cache or args.epochs > 1):
         print0("hidden states are not kept from epoch to epoch: there are several processes")
     if not reads or world_size() > 1:
@@ -154,7 +161,8 @@ def announce(args: argparse.Namespace, model: nn.Module, datasets: dict[str, Dat
     if not has_pictures(args.task):
         with torch.device("meta"), patch("torch.nn.init.normal_"):
             # Table 1's are of the backbone, before the method adds to it
-            of, whole = "the backbone's", T5(getattr(model, "backbone", model).config)
+            config = getattr(model, "backbone", model).config
+            of, whole = "the backbone's", (T5 if isinstance(config, T5Config) else Llama)(config)
     trained, total = (sum(p.numel() for p in parameters)
                       for parameters in (trainable(model).values(), whole.parameters()))
     results = {"task": args.task, "model": args.model, "method": args.method,
@@ -176,6 +184,14 @@ def announce(args: argparse.Namespace, model: nn.Module, datasets: dict[str, Dat
            f"seed {args.seed}, {report.hardware(args.device)}"
            + f", {world_size()} processes" * (world_size() > 1))
     return results
+
+
+def banner(reason: str) -> str:
+    """Return the box that says that the bundled sample stands in for SST-2."""
+    text = (f"THIS IS NOT SST-2: THE DOWNLOAD FAILED: {reason}. No score of this small bundled "
+            "sample can be compared with the paper's. For SST-2 give --data DIR with DIR/SST-2.")
+    box = [f"#  {line:<72}  #" for line in ["", *textwrap.wrap(text, 72), ""]]
+    return "\n".join(["#" * 78, *box, "#" * 78])
 
 
 def conclude(args: argparse.Namespace, model: nn.Module, run: Run, results: dict) -> dict:

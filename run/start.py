@@ -5,7 +5,7 @@ import torch
 
 import prune
 from methods.distill import distill
-from model import Tokenizer
+from model import Tokenizer, load_t5
 from run.folder import load_trained
 from run.options import INITS
 from run.tasks import Rows, some
@@ -16,10 +16,13 @@ def initialize(ladder: LadderT5, args: argparse.Namespace, rows: Rows,
                tokenizer: Tokenizer) -> None:
     """Sec. 3.3: the side network starts from the rows and columns of the backbone that matter; or
     from a distilled network (Sec. 2.2), another run's, or random weights, as --init says."""
+    frozen, device = ladder.backbone, args.device
+    if args.dtype == "nf4" and args.init in ("magnitude", "fisher"):
+        ladder.backbone, device = load_t5(args.model), "cpu"  # the full weights, for a moment
     if args.init == "magnitude":
         prune.init_side(ladder, prune.magnitude(ladder.backbone), args.prune)
     elif args.init == "fisher":
-        samples = some(rows, args.fisher_samples, args.seed, args.device)
+        samples = some(rows, args.fisher_samples, args.seed, device)
         importance = prune.fisher(ladder.backbone, samples, args.fisher_samples)
         prune.init_side(ladder, importance, args.prune)
     elif args.init == "distill":
@@ -29,5 +32,6 @@ def initialize(ladder: LadderT5, args: argparse.Namespace, rows: Rows,
     elif args.init not in INITS:
         # Paper: always from the backbone. A side network trained on another task can help, too.
         load_trained(args.init, ladder)
+    ladder.backbone = frozen
     if args.side == "cross" and args.init in {*INITS} - {"random"}:
         ladder.start_rungs()

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import data
-from data import TASKS, Example, Row, banner, batches, collate, in_order
+from data import TASKS, Example, Row, batches, collate, in_order
+from model import Tokenizer
 
 PARSES = "\tp" * 4
 FORMAT = {  # header, a row, what a model reads; {i} numbers the rows, {label} is their label
@@ -119,7 +120,10 @@ def test_an_answer_of_another_kind_is_invalid():
 
 
 def test_a_long_source_is_cut_to_128_with_its_end_token():
-    class Words:
+    class Words(Tokenizer):
+        def __init__(self):
+            pass
+
         def encode(self, text):
             return [len(word) for word in text.split()]
 
@@ -264,12 +268,6 @@ def test_the_sample_stands_in_for_an_sst2_that_does_not_come(
     assert re.search(words, dataset.fallback)
     with pytest.raises(ValueError, match="RTE.zip could not be .*put it into DIR/RTE: --data DIR$"):
         TASKS["rte"].load()  # which no sample can stand for
-
-
-def test_the_banner_is_a_box_of_80_columns_with_the_reason():
-    lines = banner("https://example.org/" + "long/" * 40 + " does not answer").split("\n")
-    assert {(len(line), line[0], line[-1]) for line in lines} == {(78, "#", "#")}
-    assert "NOT SST-2" in lines[2] and "does not answer" in "\n".join(lines)
 
 
 # ------------------------------------------------------------------------------------- batches

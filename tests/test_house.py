@@ -15,12 +15,12 @@ BUDGETS = {  # lines at most, blank ones and comments included
 SIX = {name for name in BUDGETS if name.endswith(".py")}
 LAYERS = [  # a module imports from its own layer, without cycles, and from the ones above it here
     ["run.hub", "run.metrics", "run.beam", "run.processes", "run.report",
-     "run.folder", "run.spans"],
+     "run.folder", "run.prompts", "run.spans"],
     ["model"],
     ["side", "prune", "data", "run.kernels", "run.gradients", "run.cache"],
     ["methods", "vision", "llm"],
     ["memory"],
-    ["run.options", "run.tasks", "run.predict", "run.settings", "run.start",
+    ["run.backbones", "run.options", "run.tasks", "run.predict", "run.settings", "run.start",
      "run.sweep"],
     ["train", "bench_memory"],
     ["exercises", "experiments", "assets"],

@@ -157,3 +157,9 @@ def test_help_lists_every_option_and_is_no_error(capsys):
     said = capsys.readouterr().out
     assert stop.value.code == 0
     assert all(option in said for option in ("--task", "--predict", "--reduction", "--save-steps"))
+
+
+def test_the_banner_is_a_box_of_80_columns_with_the_reason():
+    lines = settings.banner("https://example.org/" + "long/" * 40 + " does not answer").split("\n")
+    assert {(len(line), line[0], line[-1]) for line in lines} == {(78, "#", "#")}
+    assert "NOT SST-2" in lines[2] and "does not answer" in "\n".join(lines)
