@@ -24,8 +24,9 @@ READ_BY = {  # option -> the runs that read it; one that is not here is read by 
     "prune": {"--init fisher", "--init magnitude"}, "fisher_samples": {"--init fisher"},
     "freeze": {f"--method {method}" for method in METHODS if method != "prompt"},
     "size": {"--method adapters", "--method lora", "--method prompt"},
-    "as_authors": {"--method lora", "--method prompt"}, "prompts": {"a task on texts"},
+    "as_authors": {"--method lora", "--method prompt"}, "prompts": {"a task of GLUE"},
     "clip": {"a task on pictures", "--predict"}, "image": {"--predict"},
+    "max_length": {"--task text"},
 }
 
 
@@ -87,7 +88,9 @@ def parse(argv: Sequence[str] | None, description: str) -> argparse.Namespace:
     add("--model", type=path, help=f"backbone: nano (default), {', '.join(PUBLIC)}, a folder")
     add("--method", default="lst", choices=("lst", *METHODS, "y-tuning"),
         help="lst: the ladder (default)")
-    add("--data", type=path, help="folder of official files, or sample (default: download; draw)")
+    add("--data", type=path, help="folder of official files, or of your own (text); or sample "
+        "(default: download; draw)")
+    add("--max-length", type=positive, help="tokens at which your own texts are cut (default 512)")
     add("--prompts", default="paper", choices=("paper", "t5"), help="labels as digits, or as words")
     add("--clip", type=path, help=f"CLIP: nano (default), {', '.join(CLIP_PUBLIC)}, a folder")
     add("--max-train-rows", type=positive, help="use only the first N training rows")
@@ -156,6 +159,8 @@ def check(parser: Parser, args: argparse.Namespace, given: list[str]) -> None:
             not args.out and (args.resume or not training),
         f"--plot {args.plot}: name a file that ends in .svg":
             args.plot is not None and not args.plot.endswith(".svg"),
+        "--task text needs --data DIR, with train.tsv and dev.tsv, or train.jsonl and dev.jsonl":
+            "text" in (args.task or []) and training and not args.data,
         "--data sample is for sst2; for other tasks name a folder, or leave it out":
             args.data == "sample" and args.task != ["sst2"],
         f"--lr is {args.lr}, it must be a finite number above 0":
@@ -172,8 +177,8 @@ def check(parser: Parser, args: argparse.Namespace, given: list[str]) -> None:
             (args.side != "ladder" or args.init == "distill") and pictures,
         "--side adapters has other blocks than the backbone: give --init random, or a run's folder":
             args.side == "adapters" and args.init in {*INITS} - {"random"},
-        "--classify, y-tuning: they choose a class, which stsb and tasks about pictures lack":
-            args.classify and (pictures or "stsb" in (args.task or [])),
+        "--classify, y-tuning: they choose a class, which stsb, text and tasks about pictures lack":
+            args.classify and (pictures or {"stsb", "text"} & {*(args.task or [])}),
         "--classify has a side encoder with all layers: leave --keep, --side, --init distill out":
             args.classify and (args.keep or args.side != "ladder" or args.init == "distill"),
         f"--init {args.init!r} is no folder; choose from {', '.join(INITS)}, or name a run's":
@@ -185,7 +190,8 @@ def check(parser: Parser, args: argparse.Namespace, given: list[str]) -> None:
     kinds = {"--plot"} if args.predict is None else {"--predict"}
     if training:
         kinds = {"training", f"--method {args.method}"}
-        kinds |= {f"a task on {'pictures' if has_pictures(run) else 'texts'}" for run in args.task}
+        kinds |= {"--task text" if run == "text" else "a task on pictures" if has_pictures(run)
+                  else "a task of GLUE" for run in args.task}
         kinds |= {f"--init {args.init}"} if args.method == "lst" else set()
     for name in given:
         readers = READ_BY.get(name, {"training"})

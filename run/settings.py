@@ -20,7 +20,8 @@ from run.hub import sha256_of
 from run.options import INITS
 from run.processes import first, world_size
 from run.report import print0
-from run.tasks import TASKS, Rows, batches, distinct, has_pictures
+from run.pairs import first_answers
+from run.tasks import OWN, TASKS, Rows, batches, distinct, has_pictures
 from side import LadderT5
 from vision.clip import clip_files
 
@@ -68,6 +69,9 @@ def load_data(args: argparse.Namespace) -> dict[str, Dataset]:
         dataset = TASKS[name].load(args.data, args.prompts)
         datasets[name] = replace(dataset, train=dataset.train[: args.max_train_rows])
     fill_defaults(args, datasets)
+    if args.task == OWN.name:
+        own = replace(OWN, max_length=args.max_length)
+        vars(args).update(own.lengths(datasets[OWN.name], load_tokenizer(args.model)))
     if args.accumulate > args.batch_size:
         raise ValueError(f"--accumulate {args.accumulate} is more than the {args.batch_size} rows")
     if args.method == "lst":
@@ -171,6 +175,9 @@ def announce(args: argparse.Namespace, model: nn.Module, datasets: dict[str, Dat
            f"{args.task} ({results['data']}): {rows['train']:,} training, {rows['val']:,} "
            f"validation, {rows['test']:,} test rows"
            + f", {results['skipped_rows']} skipped" * (results["skipped_rows"] > 0))
+    if args.task == OWN.name:
+        print0(f"{args.cut_texts} texts are cut to {args.max_length} tokens, the tokenizer cannot "
+               f"write {args.altered_targets} test targets")
     print0(f"{args.epochs} epoch{'s' * (args.epochs > 1)}, {args.steps} steps of {args.batch_size} "
            f"rows, peak learning rate {args.lr:g} after {args.warmup_steps} steps\n"
            f"seed {args.seed}, {report.hardware(args.device)}"
@@ -184,6 +191,8 @@ def conclude(args: argparse.Namespace, model: nn.Module, run: Run, results: dict
         results["gates"] = report.gates(model)
     print0(f"test {report.scores(results['test'])}  (epoch {run.best['epoch']}, the best on "
            "validation)")
+    if args.task == OWN.name:
+        results["answers"] = first(first_answers, run.out)
     if "test_hidden" in results:
         print0(f"with the pictures hidden {report.scores(results['test_hidden'])}")
     results = run.finish(results)

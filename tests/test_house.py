@@ -20,7 +20,7 @@ LAYERS = [  # a module imports from its own layer, without cycles, and from the 
     ["side", "prune", "data", "run.kernels", "run.gradients", "run.cache"],
     ["methods", "vision", "llm"],
     ["memory"],
-    ["run.options", "run.tasks", "run.predict", "run.settings", "run.start",
+    ["run.options", "run.pairs", "run.tasks", "run.predict", "run.settings", "run.start",
      "run.sweep"],
     ["train", "bench_memory"],
     ["exercises", "experiments", "assets"],
