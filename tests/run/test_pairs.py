@@ -64,8 +64,10 @@ def test_a_quote_is_a_character_a_blank_line_no_row_and_json_holds_every_text(tm
     write(tmp_path / "dev.tsv", "\ufeffé\t電\r")
     found = OWN.load(tmp_path)
     assert ('"a', ' b" ', 0) in found.train + found.val and texts(found.test) == [("é", "電")]
-    found = OWN.load(jsonl(tmp_path / "json", dev=[("a\tb\n", "\u2028c")]))
-    assert texts(found.test) == [("a\tb\n", "\u2028c")] and found.skipped == 0
+    folder = jsonl(tmp_path / "json", dev=[("a\tb\n", "\u2028c")])
+    put(folder, "train.jsonl", b'{"prompt":\t"a",\t"completion": "b"}\r\n' * 3)
+    found = OWN.load(folder)
+    assert texts(found.test) == [("a\tb\n", "\u2028c")] and texts(found.train) == [("a", "b")] * 2
 
 
 def test_one_bad_row_in_a_hundred_is_skipped_and_counted(tmp_path):
@@ -75,14 +77,14 @@ def test_one_bad_row_in_a_hundred_is_skipped_and_counted(tmp_path):
 
 def test_lengths_are_counted_with_the_end_token():
     task = Pairs("text", "", (), {}, "", "", 3, {}, max_length=26)
-    pairs = [("s" * 25, "t" * 3), ("s" * 26, "t" * 24), ("s", "{"), ("s", "t" * 99)]
+    pairs = [("s" * 25, "t" * 3), ("s" * 26, "t" * 24), ("s", "{"), ("s", "{}"), ("s", "t" * 99)]
     examples = [Example(*pair, 0) for pair in pairs]
     dataset = SimpleNamespace(train=examples[:2], val=[], test=examples[2:])
     assert task.lengths(dataset, LETTERS) == {
-        "max_new_tokens": 25, "cut_texts": 2, "altered_targets": 1}
+        "max_new_tokens": 25, "cut_texts": 2, "altered_targets": 2}
     rows = task.encode(examples, LETTERS)
-    assert [len(row.source) for row in rows[:2]] == [26, 26] and rows[3].target == [116] * 25 + [1]
-    dataset.train = [examples[3]]  # is cut itself
+    assert [len(row.source) for row in rows[:2]] == [26, 26] and rows[-1].target == [116] * 25 + [1]
+    dataset.train = [examples[-1]]  # is cut itself
     assert task.lengths(dataset, LETTERS)["max_new_tokens"] == 26
     dataset.train = [examples[2]]
     assert task.lengths(dataset, LETTERS)["max_new_tokens"] == 20
@@ -113,8 +115,11 @@ def test_a_run_leaves_every_answer_its_loss_and_what_predicts_them(own, tmp_path
     assert results["val"]["loss"] == min(val["loss"] for val in logged(out, "val"))
 
 
-def test_cut_texts_are_counted_and_reported(own, capsys):
+def test_cut_texts_are_counted_and_reported(own, monkeypatch, capsys):
+    batches = spy(monkeypatch, train, "loss_of")
     results, said = train.main(own("--max-length", 3, "--max-steps", 1)), capsys.readouterr().out
+    sizes = [ids.size(1) for _, batch in batches for ids in (batch.source_ids, batch.labels)]
+    assert len(batches) == 1 + 1 + 2 and set(sizes) == {3}, "a step, validation, test"
     count = results["config"]["cut_texts"]
     assert count > 0 and f"\n{count} texts are cut to 3 tokens, " in said
 
