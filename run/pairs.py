@@ -96,7 +96,8 @@ def _texts(cells: list[str], kind: str) -> list[str]:
             row = json.loads("\t".join(cells))
         except (ValueError, RecursionError):
             raise ValueError("no JSON") from None
-        cells = [row[key] for key in KEYS if isinstance(row, dict) and isinstance(row.get(key), str)]
+        found = [row.get(key) for key in KEYS] if isinstance(row, dict) else []
+        cells = [text for text in found if isinstance(text, str)]
     if len(cells) != 2:
         need = "columns" if kind == ".tsv" else f"texts {' and '.join(KEYS)}"
         raise ValueError(f"{len(cells)} of the 2 {need}")

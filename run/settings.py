@@ -18,9 +18,9 @@ from run.cache import States
 from run.folder import Run, read_config, read_json, trainable
 from run.hub import sha256_of
 from run.options import INITS
+from run.pairs import first_answers
 from run.processes import first, world_size
 from run.report import print0
-from run.pairs import first_answers
 from run.tasks import OWN, TASKS, Rows, batches, distinct, has_pictures
 from side import LadderT5
 from vision.clip import clip_files

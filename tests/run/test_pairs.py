@@ -14,6 +14,7 @@ from run import processes, tasks
 from run.options import runs_of
 from run.pairs import Pairs
 from test_folder import run, same, what_counts
+from test_options import filled
 from test_processes import together
 from workshop import interrupt_at, logged, put, refused, spy, write
 
@@ -88,6 +89,12 @@ def test_lengths_are_counted_with_the_end_token():
     assert task.lengths(dataset, LETTERS)["max_new_tokens"] == 26
     dataset.train = [examples[2]]
     assert task.lengths(dataset, LETTERS)["max_new_tokens"] == 20
+
+
+def test_the_defaults_fit_a_small_set_of_data():
+    args = filled("--task text --data x", 1800, "own-data")
+    assert (args.epochs, args.batch_size, args.steps, args.warmup_steps) == (3, 32, 171, 17)
+    assert (args.max_length, args.lr) == (512, 3e-3) and filled("--task sst2").max_length is None
 
 
 # ------------------------------------------------------------------------------------------- runs
