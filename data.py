@@ -76,7 +76,7 @@ class Task:
     downloads: dict[str, str]  # address below GLUE: sha256
     files: tuple[str, ...] = ("train.tsv", "dev.tsv")
     header: tuple[str, ...] = ()  # the columns, where the file does not name them itself
-    pictures = 0
+    pictures, max_length, max_new_tokens = 0, None, 20  # None: the tokenizer's
 
     def load(self, folder: str | None = None, prompts: str = "paper") -> Dataset:
         """Return a folder's examples; None: downloaded once into CACHE; "sample": bundled ones."""
@@ -92,19 +92,20 @@ class Task:
             raise ValueError(f"{error}. Or put it into DIR/{self.title}: --data DIR") from error
 
     def encode(self, examples: Sequence[Example], tokenizer: Tokenizer) -> list[Row]:
-        """Return token ids, each target with its end token; sources are cut."""
-        most = tokenizer.longest - len(tokenizer.start + tokenizer.end)
-        targets = {text: tokenizer.encode(tokenizer.space + text) + [tokenizer.eos]
+        """Return token ids, each target with its end token; a longer text is cut."""
+        most, start, end = self.max_length or tokenizer.longest, tokenizer.start, tokenizer.end
+        kept = slice(most - 1) if end else slice(1 - most, None)  # a plain prompt ends with its ask
+        targets = {text: tokenizer.encode(tokenizer.space + text)[:most - 1] + [tokenizer.eos]
                    for text in {example.target for example in examples}}
-        return [Row(tokenizer.start + tokenizer.encode(example.source)[:most] + tokenizer.end,
-                    targets[example.target]) for example in examples]
+        return [Row(start + tokenizer.encode(example.source)[kept] + end, targets[example.target])
+                for example in examples]
 
     def draw(self, rows: list[Row], seed: int, step: int) -> list[Row]:
         return rows  # texts have one target each
 
     def answer(self, model: nn.Module, tokenizer: Tokenizer, batch: Batch) -> list[str]:
         """Return what the model generates for each row, greedily."""
-        ids = model.generate(batch.source_ids, batch.source_mask, max_new_tokens=20)
+        ids = model.generate(batch.source_ids, batch.source_mask, self.max_new_tokens)
         return [tokenizer.decode(row) for row in ids.tolist()]
 
     def score(self, texts: Sequence[str], examples: Sequence[Example], prompts: str) -> dict:
@@ -173,9 +174,9 @@ class Task:
         if missing := [path for path in paths if not path.is_file()]:
             raise ValueError(f"{missing[0]} is missing; --data names the folder with {self.title}, "
                              f"which holds {' and '.join(self.files)}")
-        tables = [(path, _lines(path)) for path in paths]
+        tables = [(path, rows_of(path)) for path in paths]
         if files[-1] == "mrpc_dev_ids.tsv":  # one file, and the pairs of ids that validate
-            rows, ids = list(_lines(paths[0])), {tuple(cells) for _, cells in _lines(paths[1])}
+            rows, ids = list(rows_of(paths[0])), {tuple(cells) for _, cells in rows_of(paths[1])}
             dev = [row for row in rows if tuple(row[1][1:3]) in ids]
             train = [row for row in rows if tuple(row[1][1:3]) not in ids]
             tables = [(paths[0], iter(train)), (paths[0], iter([*rows[:1], *dev]))]
@@ -240,7 +241,7 @@ TASKS = {task.name: task for task in (
 )}
 
 
-def _lines(path: Path) -> Iterator[tuple[int, list[str]]]:
+def rows_of(path: Path) -> Iterator[tuple[int, list[str]]]:
     """Yield number and cells of each line. Only a newline ends it; a quote is a character."""
     with open(path, "rb") as file:  # text mode would also cut at other characters
         for number, line in enumerate(file, 1):

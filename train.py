@@ -37,9 +37,8 @@ from run.report import print0
 from run.settings import announce, check_frozen, conclude, load_data, run_of, states_of
 from run.start import initialize
 from run.sweep import run_all
-from run.tasks import (TASKS, Rows, as_classes, average, batches, class_texts, collate, encode,
-                       has_pictures)
-from side import LadderT5
+from run.tasks import (OWN, TASKS, Rows, as_classes, average, batches, class_texts, collate,
+                       encode, has_pictures, mean_loss, task_of)
 from vision.clip import load_clip
 from vision.features import Features, clip_features
 
@@ -55,14 +54,12 @@ def build(args: argparse.Namespace) -> nn.Module:
                        dropout=args.dropout, channels=channels)
     if args.classify:
         answers = class_texts(args.task, args.prompts, load_tokenizer(args.model))
-        if args.method == "y-tuning":
-            return YTuning(t5, answers)
-        return EncoderLadder(t5, answers, args.r)
+        y_tuning = args.method == "y-tuning"
+        return YTuning(t5, answers) if y_tuning else EncoderLadder(t5, answers, args.r)
     if args.method != "lst":
         return methods.apply(t5, args.method, args.as_authors, args.freeze, args.size)
-    if args.free:
-        return LadderT5(t5, args.r, args.keep, free=args.free)
-    return methods.SIDES[args.side](t5, r=args.r, keep=args.keep)
+    free = {"free": args.free} if args.free else {}
+    return methods.SIDES[args.side](t5, r=args.r, keep=args.keep, **free)
 
 
 # -------------------------------------------------------------------------------------------- loop
@@ -115,12 +112,12 @@ def seed_everything(*numbers: int) -> None:
 
 
 def evaluate(model: nn.Module, tokenizer: Tokenizer, args: argparse.Namespace,
-             parts: dict[str, list], features: Features | None = None) -> dict:
+             parts: dict[str, list], features: Features | None = None, out=None) -> dict:
     """Generated answers -> the metrics of each task in percent. Each process answers its share."""
     scores = {}
     model.eval()
     for name, examples in parts.items():
-        task = TASKS[name]
+        task = task_of(name, args)
         rows, texts = task.draw(task.encode(examples, tokenizer), args.seed, 0), {}
         for indices in in_order(rows, args.batch_size)[processes.rank() :: processes.world_size()]:
             batch = collate([rows[i] for i in indices], features, args.device)
@@ -128,9 +125,13 @@ def evaluate(model: nn.Module, tokenizer: Tokenizer, args: argparse.Namespace,
         texts = [text for _, text in sorted(processes.gather(texts).items())]
         constant = len(set(texts)) == 1 < len({tuple(row.target) for row in rows})
         if constant and not (features and features.hidden):
-            print0(f"warning: every answer is {texts[0]!r}:\n"
+            print0(f"warning: every answer is {texts[0][:50]!r}:\n"
                    f"it has learned nothing yet, or the learning rate {args.lr} is too high")
         scores[name] = task.score(texts, examples, args.prompts)
+        if name == OWN.name:
+            scores[name]["loss"] = mean_loss(loss_of, model, rows, args)
+            if out:
+                processes.first(task.write, out, texts, examples)
     return average(scores)
 
 
@@ -145,7 +146,7 @@ def train(args: argparse.Namespace, out: Path, shared: dict) -> dict:
     datasets, tokenizer = load_data(args), load_tokenizer(args.model)
     rows, val, test = ({name: getattr(dataset, part) for name, dataset in datasets.items()}
                        for part in ("train", "val", "test"))
-    rows, answered = encode(rows, tokenizer), encode(val, tokenizer)
+    rows, answered = encode(rows, tokenizer, args), encode(val, tokenizer, args)
 
     # model: the backbone and what the method trains
     model = build(args)
@@ -173,7 +174,7 @@ def train(args: argparse.Namespace, out: Path, shared: dict) -> dict:
         with kept_states(model, states_of(args, model, rows, answered, shared)) as results["cache"]:
             fit(args, run, model, optimizer, tokenizer, rows, val, features)
         load_trained(out, model)  # the best epoch. Paper: with pictures the authors test the last
-        results["test"] = evaluate(model, tokenizer, args, test, features)
+        results["test"] = evaluate(model, tokenizer, args, test, features, out)
         if features:
             features.hidden = True
             results["test_hidden"] = evaluate(model, tokenizer, args, test, features)

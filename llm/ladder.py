@@ -46,7 +46,8 @@ class LadderLM(CausalLM):
         blocks = [Block(self.narrow) for _ in range(len(layers) + free)]
         norm = RMSNorm(d, self.config.rms_norm_eps)
         self.side = SideStack(blocks, norm, D, d, layers, rung, dropout, self.config.checkpoint)
-        self.up = nn.Linear(d, D)
+        self.up, last = nn.Linear(d, D), len(backbone.layers) - 1
+        self.side.reads = tuple(sorted({*layers, last} if end == "sum" else layers))
         if end == "sum":
             nn.init.zeros_(self.up.weight)
             nn.init.zeros_(self.up.bias)

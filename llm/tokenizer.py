@@ -118,7 +118,8 @@ def load_tokenizer(model: str | Path) -> SentencePieces | BytePairs:
     folder = locate(model)
     config = LlamaConfig.from_json(folder / "config.json")
     path = file_of(folder)
-    tokenizer = (SentencePieces if path.suffix == ".model" else BytePairs)(path, config.eos_token_id)
+    kind = SentencePieces if path.suffix == ".model" else BytePairs
+    tokenizer = kind(path, config.eos_token_id)
     if not 0 <= config.vocab_size - tokenizer.vocab_size < 128:  # rows may be spare
         raise ValueError(f"{model}: the tokenizer has {tokenizer.vocab_size} words, config.json "
                          f"says {config.vocab_size}: they do not belong together")

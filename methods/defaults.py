@@ -25,6 +25,7 @@ DEFAULTS = (  # Tables 5 and 6, and the authors' code. Of the lines that fit a r
     # Paper: the rest is ours, so that a run beside the bundled backbone is done in minutes. With
     # BitFit's 3e-4 biases learn nothing in SST-2's 664 steps.
     ("texts",    "nano", ANY,      dict(warmup_steps=60)),
+    ("text",     ANY,    ANY,      dict(batch_size=32, warmup_steps=None, max_length=512)),
     ("texts",    "nano", "bitfit", dict(lr=1e-2)),
     ("large",    "nano", ANY,      dict(epochs=1, fisher_samples=256)),
     ("bundled-sample", ANY, ANY,   dict(epochs=5, warmup_steps=None)),

@@ -49,7 +49,8 @@ def files_of(model: str | Path) -> list[Path]:
     if decoder_only(model):
         folder = llm.llama.locate(model)
         return [folder / "config.json", llm.tokenizer.file_of(folder), *weight_files(folder)]
-    return [t5.locate(model, name) for name in ("config.json", "spiece.model")] + weight_files(model)
+    named = [t5.locate(model, name) for name in ("config.json", "spiece.model")]
+    return named + weight_files(model)
 
 
 def load_backbone(model: str | Path, device: str, dtype: str, **options) -> T5:

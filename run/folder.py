@@ -4,7 +4,7 @@
     metrics.jsonl         the log: a line per step and one per epoch
     state.safetensors     while it runs: all that the next step depends on
     trained.safetensors   what trains, after the best epoch; its metadata holds the config, too
-    results.json          when it has ended
+    results.json          when it has ended; of --task text also answers.jsonl
 
 Files appear whole or not at all, and each byte that is not as it was written is noticed.
 """
@@ -139,7 +139,7 @@ def new_folder(name: str) -> Path:
 def clear(out: Path) -> None:
     """Remove what an earlier run left; other files stay."""
     for name in ("state.safetensors", "results.json", "trained.safetensors", "metrics.jsonl",
-                 "config.json", "config.json.partial"):
+                 "answers.jsonl", "config.json", "config.json.partial"):
         (out / name).unlink(missing_ok=True)
 
 
@@ -165,6 +165,11 @@ def load_trained(out: str | Path, model: nn.Module, file: str = "trained.safeten
     for name in own:
         model.get_parameter(name).copy_(tensors.pop(name))
     return tensors, about
+
+
+def quality(val: dict) -> float:
+    """What the best epoch has most of: score, or where the loss is known the least loss."""
+    return -val["loss"] if "loss" in val else val["score"]
 
 
 class Run:
@@ -248,7 +253,7 @@ class Run:
         """Log an epoch's validation scores, keep its weights if they are the best, and save."""
         self.epochs += 1
         self.log({"step": self.step, "epoch": self.epochs, "val": val})
-        if self.best is None or val["score"] > self.best["val"]["score"]:
+        if self.best is None or quality(val) > quality(self.best["val"]):
             self.best = {"epoch": self.epochs, "val": val}
             first(write_tensors, self.out / "trained.safetensors", trainable(model), self.config)
         self.save(model, optimizer)

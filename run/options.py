@@ -26,8 +26,9 @@ READ_BY = {  # option -> the runs that read it; one that is not here is read by 
     "prune": {"--init fisher", "--init magnitude"}, "fisher_samples": {"--init fisher"},
     "freeze": {f"--method {method}" for method in METHODS if method != "prompt"},
     "size": {f"--method {method}" for method in ("adapters", "lora", "prompt", "qlora")},
-    "as_authors": {"--method lora", "--method prompt"}, "prompts": {"a task on texts"},
+    "as_authors": {"--method lora", "--method prompt"}, "prompts": {"a task of GLUE"},
     "clip": {"a task on pictures", "--predict"}, "image": {"--predict"},
+    "max_length": {"--task text"},
 }
 
 
@@ -90,7 +91,9 @@ def parse(argv: Sequence[str] | None, description: str) -> argparse.Namespace:
         "folder")
     add("--method", default="lst", choices=("lst", *METHODS, "y-tuning", "qlora"),
         help="lst: the ladder (default); a decoder-only model knows lst and qlora")
-    add("--data", type=path, help="folder of official files, or sample (default: download; draw)")
+    add("--data", type=path, help="folder of official files, or of your own (text); or sample "
+        "(default: download; draw)")
+    add("--max-length", type=positive, help="tokens at which your own texts are cut (default 512)")
     add("--prompts", choices=("paper", "t5", "plain"), help="labels as digits (default), as T5's "
         "words, or plain English (default of a decoder-only model)")
     add("--clip", type=path, help=f"CLIP: nano (default), {', '.join(CLIP_PUBLIC)}, a folder")
@@ -108,9 +111,9 @@ def parse(argv: Sequence[str] | None, description: str) -> argparse.Namespace:
         "(default: a quarter of the free memory; 0 for one epoch, or on a GPU)")
     add("--side", default="ladder", choices=SIDES, help="ladder (default); alone: no rungs; last: "
         "Side-tuning; cross: cross-attention; adapters: adapter blocks")
-    add("--end", default="sum", choices=("sum", "up"), help="the head of a decoder-only model reads "
-        "the backbone's end and up (default), or up alone as in the paper")
-    add("--side-dtype", default="fp32", choices=("fp32", "bf16"), help="of a decoder-only model's")
+    add("--end", default="sum", choices=("sum", "up"), help="a decoder-only model's head reads "
+        "up added to the backbone's end (default), or up alone as in the paper")
+    add("--side-dtype", default="fp32", choices=("fp32", "bf16"), help="beside a decoder-only one")
     add("--classify", action="store_true", help="side encoder and classification head (Table 2)")
     add = parser.add_argument_group("the other methods (Sec. 4)").add_argument
     add("--as-authors", action="store_true", help="the authors' reading of lora or prompt")
@@ -129,8 +132,8 @@ def parse(argv: Sequence[str] | None, description: str) -> argparse.Namespace:
     gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     gpus = ["cuda", *gpus] if gpus else []
     add("--device", default=[*gpus, "cpu"][0], choices=["cpu", *gpus], help="default: %(default)s")
-    add("--dtype", choices=DTYPES, help="of the frozen backbone: fp32 (default), bf16 (default of a "
-        "decoder-only one) or nf4 (4 bits; qlora's)")
+    add("--dtype", choices=DTYPES, help="of the frozen backbone: fp32 (default), bf16 (default of "
+        "decoder-only ones) or nf4 (4 bits; qlora's)")
     add("--checkpoint", action="store_true", help="less memory: backward computes layers again")
     files = parser.add_argument_group("files")
     add, either = files.add_argument, files.add_mutually_exclusive_group().add_argument
@@ -169,6 +172,8 @@ def check(parser: Parser, args: argparse.Namespace, given: list[str]) -> None:
             not args.out and (args.resume or not training),
         f"--plot {args.plot}: name a file that ends in .svg":
             args.plot is not None and not args.plot.endswith(".svg"),
+        "--task text needs --data DIR, with train.tsv and dev.tsv, or train.jsonl and dev.jsonl":
+            "text" in (args.task or []) and training and not args.data,
         "--data sample is for sst2; for other tasks name a folder, or leave it out":
             args.data == "sample" and args.task != ["sst2"],
         f"--lr is {args.lr}, it must be a finite number above 0":
@@ -185,8 +190,8 @@ def check(parser: Parser, args: argparse.Namespace, given: list[str]) -> None:
             (args.side != "ladder" or args.init == "distill") and pictures,
         "--side adapters has other blocks than the backbone: give --init random, or a run's folder":
             args.side == "adapters" and args.init in {*INITS} - {"random"},
-        "--classify, y-tuning: they choose a class, which stsb and tasks about pictures lack":
-            args.classify and (pictures or "stsb" in (args.task or [])),
+        "--classify, y-tuning: they choose a class, which stsb, text and tasks about pictures lack":
+            args.classify and (pictures or {"stsb", "text"} & {*(args.task or [])}),
         "--classify has a side encoder with all layers: leave --keep, --side, --init distill out":
             args.classify and (args.keep or args.side != "ladder" or args.init == "distill"),
         f"--method {args.method} --dtype {args.dtype}: 4 bits are for lst, and what qlora has":
@@ -195,8 +200,8 @@ def check(parser: Parser, args: argparse.Namespace, given: list[str]) -> None:
         "--method qlora is for a decoder-only --model": args.method == "qlora" and not lm,
         f"a decoder-only --model learns texts by lst or qlora, not by {args.method}":
             lm and training and (pictures or args.method not in ("lst", "qlora")),
-        "beside a decoder-only --model a ladder has --side ladder, --init random or a run's folder, "
-        "no --classify and no --cache": lm and args.method == "lst" and (fixed or args.cache),
+        "beside a decoder-only --model leave --side, --classify out, and --init but for a run's "
+        "folder": lm and args.method == "lst" and fixed,
         "--checkpoint computes side blocks again in float32: leave --side-dtype bf16 out":
             args.checkpoint and args.side_dtype == "bf16",
         "--free is for --side ladder, without --classify":
@@ -210,9 +215,10 @@ def check(parser: Parser, args: argparse.Namespace, given: list[str]) -> None:
     kinds = {"--plot"} if args.predict is None else {"--predict"}
     if training:
         kinds = {"training", f"--method {args.method}"}
-        kinds |= {f"a task on {'pictures' if has_pictures(run) else 'texts'}" for run in args.task}
+        kinds |= {"--task text" if run == "text" else "a task on pictures" if has_pictures(run)
+                  else "a task of GLUE" for run in args.task}
         kinds |= {f"--init {args.init}"} if args.method == "lst" else set()
-        kinds |= {"--method lst beside a decoder-only --model"} if args.method == "lst" and lm else set()
+        kinds |= {f"--method {args.method} beside a decoder-only --model"} if lm else set()
     for name in given:
         readers = READ_BY.get(name, {"training"})
         if not readers & kinds:

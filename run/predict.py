@@ -10,7 +10,7 @@ import torch
 from memory.plot import curve
 from run.folder import read_config
 from run.report import print0
-from run.tasks import TASKS, collate
+from run.tasks import collate, task_of
 from vision.clip import load_clip
 from vision.features import pool, preprocess, read_image
 
@@ -23,7 +23,7 @@ def predict(args: argparse.Namespace, load: Callable) -> dict:
     if len(names) > 1 or names[0] not in learned:
         raise ValueError(f"the run in {args.out} has learned {', '.join(learned)}: --task says "
                          "which of them --predict is about")
-    task, files = TASKS[names[0]], args.image or []
+    task, files = task_of(names[0], argparse.Namespace(**config)), args.image or []
     if len(files) != task.pictures:
         raise ValueError(f"{task.name} takes {task.pictures or 'no'} pictures (--image FILE ...), "
                          f"{len(files)} given")

@@ -44,8 +44,9 @@ class Progress:
 def scores(values: dict) -> str:
     """Metrics in percent, and what went wrong with the answers if anything did."""
     parts = [f"{name} {value:.2f}" for name, value in values.items()
-             if name not in ("score", "invalid", "undefined")]
+             if name not in ("score", "loss", "invalid", "undefined")]
     parts += [f"score {values['score']:.2f}"] if len(parts) > 1 else []
+    parts += [f"loss {values['loss']:.4f}"] if "loss" in values else []
     parts += [f"{values['invalid']} invalid answers"] if values["invalid"] else []
     return ", ".join(parts + ["correlation undefined, taken as 0"] * bool(values["undefined"]))
 

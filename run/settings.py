@@ -21,10 +21,10 @@ from run.cache import States
 from run.folder import Run, read_config, read_json, trainable
 from run.hub import sha256_of
 from run.options import INITS
+from run.pairs import first_answers
 from run.processes import first, world_size
 from run.report import print0
-from run.tasks import TASKS, Rows, batches, distinct, has_pictures
-from side import LadderT5
+from run.tasks import OWN, TASKS, Rows, batches, distinct, has_pictures
 from vision.clip import clip_files
 
 
@@ -35,7 +35,8 @@ def fill_defaults(args: argparse.Namespace, datasets: dict[str, Dataset]) -> Non
     fits |= {"pictures" if has_pictures(args.task) else "texts"}
     fits |= {"joint"} if len(rows) > 1 else set()
     if decoder_only(args.model):
-        fits |= {"decoder-only"} | ({"wide heads"} if config_of(args.model).head_dim > 64 else set())
+        wide = config_of(args.model).head_dim > 64
+        fits |= {"decoder-only", "wide heads"} if wide else {"decoder-only"}
     fits |= {"large"} if sum(map(len, rows.values())) > 30_000 else set()
     fits |= {dataset.name for dataset in datasets.values()}
     settings = {"epochs": TASKS[next(iter(rows))].epochs, "fisher_samples": 1024}
@@ -55,7 +56,7 @@ def check_ladder(config: T5Config | LlamaConfig, r: int, keep: Collection[int] |
     """ValueError if a ladder of this shape does not fit beside such a backbone."""
     if isinstance(config, LlamaConfig):  # rotary positions turn pairs of numbers: K / 2
         widths = config.hidden_size, config.intermediate_size, config.head_dim // 2
-        num_layers, names = config.num_hidden_layers, "hidden and intermediate size and head_dim / 2"
+        num_layers, names = config.num_hidden_layers, "hidden_size, intermediate_size, head_dim / 2"
     else:
         widths, names = (config.d_model, config.d_kv, config.d_ff), "d_model, d_kv and d_ff"
         num_layers = min(config.num_layers, config.num_decoder_layers)
@@ -75,6 +76,9 @@ def load_data(args: argparse.Namespace) -> dict[str, Dataset]:
         dataset = TASKS[name].load(args.data, args.prompts)
         datasets[name] = replace(dataset, train=dataset.train[: args.max_train_rows])
     fill_defaults(args, datasets)
+    if args.task == OWN.name:
+        own = replace(OWN, max_length=args.max_length)
+        vars(args).update(own.lengths(datasets[OWN.name], load_tokenizer(args.model)))
     if args.accumulate > args.batch_size:
         raise ValueError(f"--accumulate {args.accumulate} is more than the {args.batch_size} rows")
     if args.method == "lst":
@@ -111,7 +115,6 @@ def cache_size(args: argparse.Namespace, out: Path, shared: dict[str, States]) -
     """GB of states that may be kept: as given, as in the run that goes on or the one before, or a
     quarter of what is free. On a GPU, where reading may take longer, only as given."""
     reads = args.method == "lst" and args.side not in ("alone", "last") and not args.classify
-    reads = reads and not decoder_only(args.model)
     if reads and world_size() > 1 and (args.cache or args.epochs > 1):
         print0("hidden states are not kept from epoch to epoch: there are several processes")
     if not reads or world_size() > 1:
@@ -126,14 +129,16 @@ def cache_size(args: argparse.Namespace, out: Path, shared: dict[str, States]) -
     return round(free / 4, 3) if args.epochs > 1 and args.device == "cpu" else 0.0
 
 
-def states_of(args: argparse.Namespace, ladder: LadderT5, rows: Rows, answered: Rows,
+def states_of(args: argparse.Namespace, ladder: nn.Module, rows: Rows, answered: Rows,
               shared: dict[str, States]) -> States | None:
     """The states of these rows; the runs of a command share them while their task is the same."""
     if args.cache and args.task in shared:
         shared[args.task].about = shared[args.task].about | {"seconds": 0.0}
     elif args.cache:
         shared.clear()
-        kept = distinct(rows, answered)
+        kept = distinct(rows, {} if decoder_only(args.model) else answered)
+        if decoder_only(args.model):  # what it reads in training: prompt and answer as one text
+            kept = [row._replace(source=row.source + row.target[:-1]) for row in kept]
         shared[args.task] = States(ladder, kept, args.cache, Path(args.out))
     return shared[args.task] if args.cache else None
 
@@ -179,6 +184,9 @@ def announce(args: argparse.Namespace, model: nn.Module, datasets: dict[str, Dat
            f"{args.task} ({results['data']}): {rows['train']:,} training, {rows['val']:,} "
            f"validation, {rows['test']:,} test rows"
            + f", {results['skipped_rows']} skipped" * (results["skipped_rows"] > 0))
+    if args.task == OWN.name:
+        print0(f"{args.cut_texts} texts are cut to {args.max_length} tokens, the tokenizer cannot "
+               f"write {args.altered_targets} test targets")
     print0(f"{args.epochs} epoch{'s' * (args.epochs > 1)}, {args.steps} steps of {args.batch_size} "
            f"rows, peak learning rate {args.lr:g} after {args.warmup_steps} steps\n"
            f"seed {args.seed}, {report.hardware(args.device)}"
@@ -200,6 +208,8 @@ def conclude(args: argparse.Namespace, model: nn.Module, run: Run, results: dict
         results["gates"] = report.gates(model)
     print0(f"test {report.scores(results['test'])}  (epoch {run.best['epoch']}, the best on "
            "validation)")
+    if args.task == OWN.name:
+        results["answers"] = first(first_answers, run.out)
     if "test_hidden" in results:
         print0(f"with the pictures hidden {report.scores(results['test_hidden'])}")
     results = run.finish(results)

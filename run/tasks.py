@@ -1,17 +1,24 @@
 """The tasks by name, and what it takes to learn several at once, as the CLIP-T5 of Table 3 does."""
-from collections.abc import Iterator
+import argparse
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import chain
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import data
 import vision.tasks
 from model import EOS, PAD, Tokenizer
+from run.pairs import Pairs
+from run.processes import gather, rank, world_size
 from run.report import Progress
 from vision.features import Features
 
-TASKS = data.TASKS | vision.tasks.TASKS
+OWN = Pairs("text", "own data", words=(), fields={}, label="", validation="part of train", epochs=3,
+            downloads={})
+TASKS = data.TASKS | vision.tasks.TASKS | {OWN.name: OWN}
 Rows = dict[str, list]  # task -> encoded examples
 
 
@@ -20,8 +27,16 @@ def has_pictures(names: str) -> bool:
     return TASKS[names.partition("+")[0]].pictures > 0
 
 
-def encode(parts: dict[str, list], tokenizer: Tokenizer) -> Rows:
-    return {name: TASKS[name].encode(examples, tokenizer) for name, examples in parts.items()}
+def task_of(name: str, args: argparse.Namespace) -> data.Task | vision.tasks.Task:
+    """The task as a run has it: one's own data have the lengths of the run."""
+    if name != OWN.name:
+        return TASKS[name]
+    return replace(OWN, max_length=args.max_length, max_new_tokens=args.max_new_tokens)
+
+
+def encode(parts: dict[str, list], tokenizer: Tokenizer, args: argparse.Namespace) -> Rows:
+    return {name: task_of(name, args).encode(examples, tokenizer)
+            for name, examples in parts.items()}
 
 
 def batches(rows: Rows, size: int, seed: int, epoch: int) -> list[tuple[str, list]]:
@@ -40,6 +55,17 @@ def collate(rows: list[data.Row], features: Features | None, device: str) -> dat
     images = features and features.lookup([row.images for row in rows])  # (B, N, P, C)
     batch = data.collate(rows)._replace(images=images)
     return data.Batch(*(tensor if tensor is None else tensor.to(device) for tensor in batch))
+
+
+@torch.no_grad()
+def mean_loss(loss_of: Callable, model: nn.Module, rows: list[data.Row],
+              args: argparse.Namespace) -> float:
+    """The loss per label token of all rows. Each process takes its share of the batches."""
+    losses = {}
+    for indices in data.in_order(rows, args.batch_size)[rank() :: world_size()]:
+        batch = collate([rows[i] for i in indices], None, args.device)
+        losses[indices[0]] = loss_of(model, batch).item()
+    return math.fsum(gather(losses).values()) / sum(len(row.target) for row in rows)
 
 
 def class_texts(task: str, prompts: str, tokenizer: Tokenizer) -> Tensor:

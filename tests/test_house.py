@@ -9,8 +9,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 BUDGETS = {  # lines at most, blank ones and comments included
     "model.py": 680, "side.py": 200, "prune.py": 170, "data.py": 300, "train.py": 260,
-    "bench_memory.py": 411, "methods": 566, "vision": 1000, "llm": 574, "memory": 584, "run": 1595,
-    "exercises": 900, "tests": 8212,
+    "bench_memory.py": 411, "methods": 567, "vision": 1000, "llm": 574, "memory": 584, "run": 1748,
+    "exercises": 900, "tests": 8467,
 }
 SIX = {name for name in BUDGETS if name.endswith(".py")}
 LAYERS = [  # a module imports from its own layer, without cycles, and from the ones above it here
@@ -20,8 +20,8 @@ LAYERS = [  # a module imports from its own layer, without cycles, and from the 
     ["side", "prune", "data", "run.kernels", "run.gradients", "run.cache"],
     ["methods", "vision", "llm"],
     ["memory"],
-    ["run.backbones", "run.options", "run.tasks", "run.predict", "run.settings", "run.start",
-     "run.sweep"],
+    ["run.backbones", "run.options", "run.pairs", "run.tasks", "run.predict", "run.settings",
+     "run.start", "run.sweep"],
     ["train", "bench_memory"],
     ["exercises", "experiments", "assets"],
 ]

@@ -86,7 +86,7 @@ def test_a_wrong_argument_is_one_line(argv, tmp_path, capsys, more, words):
     *((f"--method {method} --as-authors", "--as-authors --method lora")
       for method in ("lst", "full", "adapters", "bitfit")),
     ("--clip clip-rn101", "--clip pictures"), ("--image a.png", "--image --predict"),
-    ("--task vqa --prompts t5", "--prompts texts"), ("--predict x --lr 1", "--lr training"),
+    ("--task vqa --prompts t5", "--prompts GLUE"), ("--predict x --lr 1", "--lr training"),
     ("--predict x --seeds 0,1", "--seeds training"), ("--predict x --resume", "--resume training"),
     ("--method lora --init fisher", "--init --method lst"),  # at its default, but given
     ("--init random --fisher-samples 1024", "--fisher-samples --init fisher"),
