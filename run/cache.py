@@ -47,7 +47,8 @@ class States:
             print0(f"no room for hidden states, the run goes on without: {error}")
             self.places.clear()
             self.file.truncate(0)
-        self.about = {"rows": sum(len(text) == 2 for text in self.places),
+        whole = len(stacks_of(ladder))
+        self.about = {"rows": sum(len(text) == whole for text in self.places),
                       "bytes": self.file.seek(0, 2), "seconds": round(time.time() - began, 1)}
 
     def write(self, ladder: nn.Module, rows: Sequence[Row]) -> None:
