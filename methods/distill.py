@@ -18,8 +18,9 @@ def distill(ladder: LadderT5, rows: list[data.Row], sentinel: int, lr: float, ba
     """One pass over the rows' sources, with hidden spans: learn them and the teacher's answers."""
     # Paper: it names the objective; the authors' code has it, but no weights of its terms, steps or
     # learning rate, and sums KL over padding. Ours: cross-entropy + KL, both means over label
-    # tokens, the run's learning rate after a tenth of warm-up, a random start, and no shortcuts,
-    # which would hand on the teacher's own states.
+    # tokens, a fifth of the run's learning rate after a tenth of warm-up (at the whole of it nano's
+    # student learns to ignore the source), a random start, and no shortcuts, which would hand on
+    # the teacher's own states.
     config, keep, device = ladder.backbone.config, ladder.encoder.keep, ladder.up.weight.device
     student = Alone(ladder.backbone, ladder.r, None if len(keep) == config.num_layers else keep)
     kernels.install(student.train())
@@ -29,7 +30,7 @@ def distill(ladder: LadderT5, rows: list[data.Row], sentinel: int, lr: float, ba
     steps, progress = len(batches), Progress("distillation, step", len(batches))
     for step, indices in enumerate(batches):
         rate = min((step + 1) / (steps // 10 + 1), 1 - step / steps)
-        optimizer.param_groups[0]["lr"] = lr * rate
+        optimizer.param_groups[0]["lr"] = lr / 5 * rate
         rng = random.Random(seed * steps + step)
         drawn = [data.Row(*corrupt_spans(rows[i].source, sentinel, rng)) for i in indices]
         *inputs, labels = (tensor.to(device) for tensor in data.collate(drawn)[:5])
