@@ -83,7 +83,8 @@ def test_distillation_brings_the_side_network_to_its_backbone_and_leaves_that_al
 
 @pytest.mark.parametrize("side", ["alone", "last", "cross"])
 def test_other_sides_start_from_the_same_distilled_network(side):
-    args = SimpleNamespace(init="distill", task="sst2", seed=3, lr=1e-2, batch_size=8)
+    args = SimpleNamespace(init="distill", task="sst2", seed=3, lr=1e-2, batch_size=8, dtype="fp32",
+                           device="cpu")
     rows, starts = {"sst2": [Row([*range(n, n + 9), 1], [5, 1]) for n in range(3, 99)]}, []
     for args.side in ("ladder", side):
         torch.manual_seed(args.seed)
