@@ -50,8 +50,12 @@ class FusedNorm(torch.autograd.Function):
         return g.to(x.dtype), None, weight_gradient, None
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor, dropout_p: float, scale: float):
-    """scaled_dot_product_attention by CUDA's memory-efficient kernel."""
+def attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, dropout_p: float = 0.0,
+              is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False):
+    """scaled_dot_product_attention by CUDA's kernels: memory-efficient, flash if without a bias."""
+    if attn_mask is None:
+        flash = torch.ops.aten._scaled_dot_product_flash_attention
+        return flash(q, k, v, dropout_p, is_causal, scale=scale)[0]
     S, kernel = k.size(2), torch.ops.aten._scaled_dot_product_efficient_attention
     bias = attn_mask.to(q.dtype).expand(*q.shape[:3], S)
     if S % 16:  # the kernel wants aligned rows, so torch makes a padded copy for each layer
@@ -70,7 +74,7 @@ PATCHES = {
     "attention": (F, "scaled_dot_product_attention", attention),
     "fused norm": (F, "rms_norm", FusedNorm.apply),
     "dropout": (F, "dropout", lambda x, p, training, inplace: (
-        torch.native_dropout(x, p, True)[0] if training else x)),
+        torch.native_dropout(x, p, True)[0] if training and p > 0 else x)),
     "softmax": (torch, "softmax", lambda x, dim: x.clamp(-math.inf).softmax(dim)),  # clamp keeps x
     "norm": (RMSNorm, "forward", lambda self, x: self.weight * (
         x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + self.epsilon))),
