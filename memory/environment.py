@@ -52,15 +52,16 @@ class FusedNorm(torch.autograd.Function):
 
 def attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, dropout_p: float = 0.0,
               is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False):
-    """scaled_dot_product_attention by CUDA's kernels: memory-efficient, flash if without a bias."""
-    if attn_mask is None:
+    """scaled_dot_product_attention by CUDA's kernels: flash if it can, else memory-efficient."""
+    if attn_mask is None and q.dtype == torch.bfloat16:
         flash = torch.ops.aten._scaled_dot_product_flash_attention
         return flash(q, k, v, dropout_p, is_causal, scale=scale)[0]
+    assert q.size(1) == k.size(1), "only flash lets heads share keys and values"
     S, kernel = k.size(2), torch.ops.aten._scaled_dot_product_efficient_attention
-    bias = attn_mask.to(q.dtype).expand(*q.shape[:3], S)
-    if S % 16:  # the kernel wants aligned rows, so torch makes a padded copy for each layer
+    bias = None if attn_mask is None else attn_mask.to(q.dtype).expand(*q.shape[:3], S)
+    if bias is not None and S % 16:  # the kernel wants aligned rows: a padded copy for each layer
         bias = F.pad(bias, (0, -S % 16))[..., :S]
-    return kernel(q, k, v, bias, torch.is_grad_enabled(), dropout_p, scale=scale)[0]
+    return kernel(q, k, v, bias, torch.is_grad_enabled(), dropout_p, is_causal, scale=scale)[0]
 
 
 def rung(self: SideBlock, h_side: Tensor, h_backbone: Tensor, *rest) -> Tensor:

@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from llm import LadderLM, Llama, LlamaConfig, nf4, quantize_
 from llm.ladder import side_config
@@ -44,17 +44,14 @@ class Case:
     side_dtype: str | None = None  # of a ladder
 
     @property
-    def rungs(self) -> int:
-        return len(self.keep) or SIZES[self.model].num_hidden_layers
-
-    @property
     def label(self) -> str:
         backbone = self.dtype.replace("nf4", "NF4")
         if self.method != "lst":
             return f"{METHODS[self.method]}, {backbone}" + ", checkpointing" * self.checkpoint
-        name = "xLadder" if self.free else "LST"
-        shape = f", {self.rungs} rungs + {self.free} free" if self.free else (
-            f", {self.rungs} rungs" if self.keep else "")
+        name, shape = "xLadder" if self.free else "LST", ""
+        if self.keep or self.free:
+            shape = f", {len(self.keep) or self.config.num_hidden_layers} rungs"
+            shape += f" + {self.free} free" * bool(self.free)
         end = ", end up" * (self.end == "up")
         return f"{name} r {self.r}{shape}, {backbone}, side {self.side_dtype}{end}"
 
@@ -102,7 +99,7 @@ class Case:
             trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
             step = account.training_step(net, self.make_batch())
             generation = inference(net, S)
-        return {**vars(self), "batch": B, "length": S, "labels": T, "keep": self.rungs,
+        return {**vars(self), "batch": B, "length": S, "labels": T,
                 "trainable_params": trained, "trainable_percent": 100 * trained / total, **step,
                 "inference": generation, "inference_peak_paper_gb": generation / account.GB,
                 "peak_paper_gb": step["peak"] / account.GB,
