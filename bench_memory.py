@@ -6,6 +6,7 @@
     python bench_memory.py --explain        # what one layer keeps for backward, and why
     python bench_memory.py --sweep length --plot length.svg    # also: batch, r, keep, freeze, size
     python bench_memory.py --fits 12        # the largest batch on a card of 12 GB
+    python bench_memory.py --model llama-2-7b    # 1 x 2048 tokens: QLoRA, LST, xLadder; --fits 12
     python bench_memory.py --time           # seconds of a step at T5-base's sizes, random weights
 
 No weights and no GPU are needed: memory/account.py counts bytes on torch's meta device. --model,
@@ -14,18 +15,17 @@ No weights and no GPU are needed: memory/account.py counts bytes on torch's meta
 import argparse
 import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import methods
-from memory import account, formula, stories
-from memory.environment import OF_TABLE_1, OF_TABLE_3
+from llm import quantize_
+from memory import account, formula, llm, stories
+from memory.environment import OF_TABLE_1
 from model import CLIPT5, T5, T5Config
 from run import kernels
 from run.options import Parser, numbers, positive, whole
@@ -157,7 +157,7 @@ class Case:
     size: int | None = None  # of adapters or LoRA
     attention: str = "eager"
     checkpoint: bool = False
-    dtype: str = "fp32"  # of a frozen backbone
+    dtype: str = "fp32"  # of a frozen backbone; nf4: of its blocks' linear maps, else bf16
     batch: tuple[int, int, int] = (100, 128, 2)  # B, S, T
     images: bool = False  # Table 3's CLIP-T5
     conventions: tuple[str, ...] = ()  # of the environment of 2021
@@ -185,6 +185,8 @@ class Case:
         """ValueError where sizes do not go together: before the first row is counted."""
         c, N = self.config, self.config.num_layers
         check_ladder(c, self.r, self.layers)
+        if self.dtype == "nf4" and self.method != "lst":
+            raise ValueError("--dtype nf4: beside a T5 in 4 bits only --method lst is counted")
         if self.freeze >= 2 * N:
             raise ValueError(f"--freeze {self.freeze} must be below {2 * N}: something must train")
         if self.method == "lst" and self.attention == "fused" and c.d_kv // self.r % 4 and on_cuda:
@@ -193,8 +195,10 @@ class Case:
 
     def build(self) -> nn.Module:
         t5 = CLIPT5(self.config, channels=IMAGES[-1]) if self.images else T5(self.config)
-        if self.dtype == "bf16":
+        if self.dtype != "fp32":
             t5.to(torch.bfloat16)
+        if self.dtype == "nf4":
+            quantize_(t5)
         if self.images:
             t5.visual.float()
         if self.method == "lst":
@@ -254,19 +258,6 @@ def show_table_1(args: argparse.Namespace, cases: Sequence[Case]) -> dict:
     return {"rows": stories.show_cases(args, title, cases)}
 
 
-def show_twice(args: argparse.Namespace, cases: Sequence[Case]) -> dict:
-    """Tables 3 and 4: each row as published, and today with the options given."""
-    both, (B, S, T) = [], args.batch
-    conventions = OF_TABLE_3 if args.table == 3 else OF_TABLE_1
-    for case in cases:
-        both += [replace(case, attention="eager", checkpoint=False, dtype="fp32",
-                         conventions=conventions), replace(case, title="  today")]
-    cells = " and an image's 36 cells" * (args.table == 3)
-    title = f"Table {args.table}: batch {B}, source {S}{cells}, target {T}"
-    rows = stories.show_cases(args, title, both)
-    return {"rows": [row | {"today": today} for row, today in zip(rows[0::2], rows[1::2])]}
-
-
 def show_everything(args: argparse.Namespace, cases: Sequence[Case]) -> dict:
     """Section 3.1, Table 1 and three of its rows with checkpointing, what makes our LST small."""
     again = [replace(case, checkpoint=True, title=f"{case.name}, checkpointing")
@@ -278,30 +269,25 @@ def show_everything(args: argparse.Namespace, cases: Sequence[Case]) -> dict:
 # --------------------------------------------------------------------------------- command line
 
 SHAPE = "method source_length target_length r keep"
-ROWS = f"{SHAPE} attention checkpoint dtype"
+ROWS = f"{SHAPE} attention checkpoint dtype free end side_dtype"
 STORIES = {  # what to show, and the options that it reads; any other is refused
     "--explain": (formula.explain, "model batch_size source_length r attention"),
     "--sweep": (stories.sweep, f"{ROWS} model batch_size freeze plot"),
     "--fits": (stories.fits, f"{ROWS} model freeze"),
     "--time": (stories.show_time,
                "model batch_size source_length target_length r keep attention dtype device"),
-    "--table 3": (show_twice, f"{ROWS} table as_published batch_size device plot"),
-    "--table 4": (show_twice, "source_length target_length attention checkpoint dtype table "
-                              "as_published batch_size device plot"),
+    "--table 3": (stories.show_twice, f"{ROWS} table as_published batch_size device plot"),
+    "--table 4": (stories.show_twice, "source_length target_length attention checkpoint dtype "
+                                      "table as_published batch_size device plot"),
     "--as-published": (show_table_1, f"{SHAPE} as_published model batch_size freeze plot"),
     "--table 1": (show_table_1, f"{ROWS} table model batch_size freeze device plot"),
     "no option": (show_everything, "plot"),
 }
-READERS = {"r": ["lst"], "keep": ["lst"],  # the other methods ignore these
+READERS = {**dict.fromkeys(("r", "keep", "free", "end", "side_dtype"), ["lst"]),
            "freeze": ["full", "adapters", "lora", "bitfit"], "size": ["adapters", "lora"],
-           "dtype": [name for name in METHODS if name != "full"]}
-
-
-def new_file(text: str) -> Path:
-    path = Path(text).expanduser().absolute()
-    if path.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
-        raise argparse.ArgumentTypeError(f"{text!r} cannot be written: name a file in a folder")
-    return path
+           "dtype": [*METHODS, "qlora"][1:]}  # others ignore it
+FAMILIES = {"a T5": "explain sweep time table as_published freeze attention device",
+            "a decoder-only --model": "free end side_dtype"}
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -314,22 +300,28 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     story("--time", action="store_true", help="seconds of a step on this machine")
     add = parser.add_argument
     add("--as-published", action="store_true", help="Table 1 as in its environment")
-    add("--model", choices=SIZES, help="all methods at this size, in place of Table 1's rows")
-    add("--method", choices=METHODS, help="only this method")
+    add("--model", choices=(*SIZES, *llm.SIZES), help="all methods, instead of Table 1's rows")
+    add("--method", choices=(*METHODS, "qlora"), help="only this method")
     add("--batch-size", type=positive, help="default: the paper's; 8 with --time")
     add("--source-length", type=positive, help="default: the paper's")
     add("--target-length", type=positive, help="default: the paper's")
     add("--r", type=positive, help="reduction factor; default: the paper's")
     add("--keep", type=lambda text: () if text == "all" else tuple(numbers(text)),
         help="0-based layers of the ladder, or all; default: the paper's; all with --time")
+    add("--free", type=positive, metavar="N", help="xLadder: blocks without a rung on top")
+    add("--end", choices=("sum", "up"), default="sum", help="of such a ladder, see docs/llm.md")
+    add("--side-dtype", choices=llm.DTYPES, help="in which it computes; default: both")
     add("--freeze", type=whole, default=0, metavar="K", help="train no layer below K (Fig. 6)")
     add("--attention", choices=("eager", "fused"), default="eager", help="default: eager (paper)")
     add("--checkpoint", action="store_true", help="gradient checkpointing of every row")
-    add("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the frozen backbone")
+    add("--dtype", choices=("fp32", "bf16", "nf4"), default="fp32", help="of the frozen backbone")
     add("--device", choices=("meta", "cuda"), default="meta", help="cuda: take steps of today, too")
-    add("--json", type=new_file, help="also write what is returned to this file")
-    add("--plot", type=new_file, help="also draw a table or a sweep, as SVG")
+    add("--json", type=stories.new_file, help="also write what is returned to this file")
+    add("--plot", type=stories.new_file, help="also draw a table or a sweep, as SVG")
     args = parser.parse_args(argv)
+    if args.model in llm.SIZES:  # again, with other defaults
+        parser.set_defaults(**llm.defaults(args))
+        args = parser.parse_args(argv)
 
     given = [name for name, value in vars(args).items() if value != parser.get_default(name)]
     chosen = {"--explain": args.explain, "--sweep": args.sweep, "--fits": args.fits,
@@ -347,15 +339,18 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def check(parser: Parser, args: argparse.Namespace, given: Sequence[str]) -> None:
-    """Refuse an option that nobody reads: neither the story nor, for a ladder's, the method."""
+    """Refuse an option that the story, the method or the kind of model does not read."""
     swept = {"batch": "batch_size", "length": "source_length"}.get(args.sweep, args.sweep)
     methods_here = [args.method] if args.method else READERS.get(swept, METHODS)
-    here = {args.story, *(f"--method {name}" for name in methods_here)}
+    family = "a decoder-only --model" if args.model in llm.SIZES else "a T5"
+    here = {args.story, family, *(f"--method {name}" for name in methods_here)}
     for name in given:
         stories_of = {story for story, (_, options) in STORIES.items() if name in options.split()}
         stories_of -= {"--sweep"} if name == swept else set()
-        methods_of = READERS.get(swept if name == "sweep" else name, METHODS)
-        for readers in (stories_of, {f"--method {method}" for method in methods_of}):
+        key = swept if name == "sweep" else name
+        methods_of = {f"--method {method}" for method in READERS.get(key, ())}
+        families_of = {family for family, names in FAMILIES.items() if name in names.split()}
+        for readers in (stories_of, methods_of, families_of):
             if readers and not readers & here:
                 parser.error(f"--{name.replace('_', '-')} means nothing here, only with "
                              f"{' or '.join(sorted(readers))}: leave it out")
@@ -367,6 +362,10 @@ def check(parser: Parser, args: argparse.Namespace, given: Sequence[str]) -> Non
 
 def choose(args: argparse.Namespace) -> list[Case]:
     """Return the cases of the command line: a table's rows, or methods at one size."""
+    if args.model in llm.SIZES:
+        return llm.choose(args)
+    if args.method == "qlora":
+        raise ValueError(f"--method qlora wants a --model among {', '.join(llm.SIZES)}")
     few = {"--sweep": READERS.get(args.sweep, ("full", "lora", "lst")),
            "--time": ("lst", "lora", "full"), "--explain": ("lst",)}
     if args.model or args.story in few:
@@ -384,8 +383,9 @@ def choose(args: argparse.Namespace) -> list[Case]:
 
 
 def run(args: argparse.Namespace) -> dict:
+    show = llm.STORIES[args.story] if args.model in llm.SIZES else STORIES[args.story][0]
     try:
-        result = STORIES[args.story][0](args, choose(args))
+        result = show(args, choose(args))
     except RuntimeError as error:
         if "overflow" not in str(error):
             raise

@@ -88,7 +88,10 @@ class Attention(nn.Module):
             k, v = torch.cat([cache["k"], k], dim=2), torch.cat([cache["v"], v], dim=2)
         if cache is not None:
             cache.update(k=k, v=v)
-        causal = allowed is None and q.size(2) > 1
+        causal, wide = allowed is None and q.size(2) > 1, q.dtype == torch.float32
+        if k.size(1) < q.size(1) and not q.is_cpu and (wide or allowed is not None):
+            # CUDA's fused kernel for shared k and v wants 16 bits and no mask; the others repeat
+            k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
         h = F.scaled_dot_product_attention(q, k, v, allowed, is_causal=causal, enable_gqa=True)
         return self.o_proj(h.transpose(1, 2).flatten(2))  # (B, T, D)
 

@@ -60,7 +60,7 @@ class NF4Linear(nn.Module):
         absmax = dynamic.index_select(0, self.absmax_codes.int())
         absmax = absmax * self.scales.repeat_interleave(256)[: len(absmax)] + self.mean
         weight = torch.view_as_real(pairs.index_select(0, self.codes.int())).view(-1, 64)
-        weight = (weight * absmax[:, None]).to(dtype)
+        weight = weight.mul_(absmax[:, None]).to(dtype)  # in place: one copy in float32
         return weight.view(self.out_features, self.in_features)
 
     def forward(self, x: Tensor) -> Tensor:

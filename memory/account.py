@@ -53,7 +53,7 @@ class Live(TorchDispatchMode):
 
     def __init__(self, known: Iterable[Tensor], block: int = 512):
         super().__init__()
-        self.block, self.flops, self.most, self.at_peak = block, 0, 0, []
+        self.block, self.flops, self.total, self.most, self.at_peak = block, 0, 0, 0, []
         self.alive = {storage_of(tensor): SimpleNamespace(bytes=0) for tensor in known}
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
@@ -63,24 +63,29 @@ class Live(TorchDispatchMode):
                 storage = tensor.untyped_storage()
                 size = -(-storage.nbytes() // self.block) * self.block
                 self.alive[storage._cdata] = SimpleNamespace(bytes=size, kind="temporary")
-                weakref.finalize(storage, self.alive.pop, storage._cdata)
-        if (total := sum(storage.bytes for storage in self.alive.values())) > self.most:
-            self.most, self.at_peak = total, list(self.alive.values())
+                self.total += size
+                weakref.finalize(storage, self.forget, storage._cdata)
+        if self.total > self.most:
+            self.most, self.at_peak = self.total, list(self.alive.values())
         if count := flop_registry.get(operation.overloadpacket):
             self.flops += count(*args, **(kwargs or {}), out_val=output)
         return output
+
+    def forget(self, storage: int) -> None:
+        self.total -= self.alive.pop(storage).bytes
 
 
 def training_step(net: nn.Module, batch: Batch, conventions: Collection[str] = ()) -> dict:
     """Return the bytes at the peak of any step but the first, by kind, under these conventions.
 
-    AdamW's moments exist, gradients do not yet; fused AdamW makes no temporaries.
+    AdamW's float32 moments exist, gradients do not yet; fused AdamW makes no temporaries.
     saved_by_forward: all saved activations after the forward pass; the peak may lie elsewhere.
     """
     trained, images = [p for p in net.train().parameters() if p.requires_grad], bytes_of(batch[4:])
     for p in trained:
         p.grad = torch.zeros_like(p) if "gradients" in conventions else None
-    known = [*net.parameters(), *batch, *(p.grad for p in trained if p.grad is not None)]
+    weights = [*net.parameters(), *net.buffers()]  # NF4 weights are buffers
+    known = [*weights, *batch, *(p.grad for p in trained if p.grad is not None)]
     forward = loss_with_caches if "cache" in conventions else loss_of
     with environment(conventions), Live(known) as live:
         loss = forward(net, batch)
@@ -90,9 +95,9 @@ def training_step(net: nn.Module, batch: Batch, conventions: Collection[str] = (
         loss.backward()
         for p in trained:
             live.alive[storage_of(p.grad)].kind = "gradients"
-    kinds = {"weights": bytes_of(net.parameters()),
+    kinds = {"weights": bytes_of(weights),
              "gradients": bytes_of(trained) * bool({"gradients", "buckets"} & {*conventions}),
-             "optimizer": 2 * bytes_of(trained), "temporary": 0,
+             "optimizer": 8 * sum(p.numel() for p in trained), "temporary": 0,
              "saved_activations": images}  # for the gradient of the visual embedding's projection
     for storage in live.at_peak:
         kinds[storage.kind] += storage.bytes
@@ -104,11 +109,12 @@ def training_step(net: nn.Module, batch: Batch, conventions: Collection[str] = (
 def inference(net: nn.Module, batch: Batch) -> int:
     """Return the bytes at the peak of encoding and of generating as many tokens as labels."""
     source_ids, source_mask, decoder_ids, _, *images = batch
-    with torch.no_grad(), environment(), Live([*net.eval().parameters(), *batch]) as live:
+    weights = [*net.eval().parameters(), *net.buffers()]
+    with torch.no_grad(), environment(), Live([*weights, *batch]) as live:
         state = net.start(source_ids, source_mask, *images)
         for _ in range(decoder_ids.size(1)):
             net.step(decoder_ids[:, :1], state)
-    return bytes_of([*net.parameters(), *images]) + live.most
+    return bytes_of([*weights, *images]) + live.most
 
 
 def saved_bytes(run: Callable[[], Tensor], left_out: Iterable[Tensor]) -> int:

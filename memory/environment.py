@@ -50,13 +50,18 @@ class FusedNorm(torch.autograd.Function):
         return g.to(x.dtype), None, weight_gradient, None
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor, dropout_p: float, scale: float):
-    """scaled_dot_product_attention by CUDA's memory-efficient kernel."""
+def attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, dropout_p: float = 0.0,
+              is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False):
+    """scaled_dot_product_attention by CUDA's kernels: flash if it can, else memory-efficient."""
+    if attn_mask is None and q.dtype == torch.bfloat16:
+        flash = torch.ops.aten._scaled_dot_product_flash_attention
+        return flash(q, k, v, dropout_p, is_causal, scale=scale)[0]
+    assert q.size(1) == k.size(1), "only flash lets heads share keys and values"
     S, kernel = k.size(2), torch.ops.aten._scaled_dot_product_efficient_attention
-    bias = attn_mask.to(q.dtype).expand(*q.shape[:3], S)
-    if S % 16:  # the kernel wants aligned rows, so torch makes a padded copy for each layer
+    bias = None if attn_mask is None else attn_mask.to(q.dtype).expand(*q.shape[:3], S)
+    if bias is not None and S % 16:  # the kernel wants aligned rows: a padded copy for each layer
         bias = F.pad(bias, (0, -S % 16))[..., :S]
-    return kernel(q, k, v, bias, torch.is_grad_enabled(), dropout_p, scale=scale)[0]
+    return kernel(q, k, v, bias, torch.is_grad_enabled(), dropout_p, is_causal, scale=scale)[0]
 
 
 def rung(self: SideBlock, h_side: Tensor, h_backbone: Tensor, *rest) -> Tensor:
@@ -70,7 +75,7 @@ PATCHES = {
     "attention": (F, "scaled_dot_product_attention", attention),
     "fused norm": (F, "rms_norm", FusedNorm.apply),
     "dropout": (F, "dropout", lambda x, p, training, inplace: (
-        torch.native_dropout(x, p, True)[0] if training else x)),
+        torch.native_dropout(x, p, True)[0] if training and p > 0 else x)),
     "softmax": (torch, "softmax", lambda x, dim: x.clamp(-math.inf).softmax(dim)),  # clamp keeps x
     "norm": (RMSNorm, "forward", lambda self, x: self.weight * (
         x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + self.epsilon))),

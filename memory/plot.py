@@ -52,7 +52,8 @@ def save(file: str | Path, title: str, names: Sequence[str], parts: Sequence[str
 def stacked_bars(file: str | Path, title: str, kinds: Sequence[str],
                  bars: Sequence[tuple[str, Sequence[float], float | None]]) -> None:
     """Draw a bar for each (label, values of `kinds`, mark to compare with or None)."""
-    left, bottom = 245, TOP + 24 * len(bars)
+    left = max(245, 16 + 7 * max(len(label) for label, _, _ in bars))
+    bottom = TOP + 24 * len(bars)
     marks = ticks(max(max(sum(values), mark or 0) for _, values, mark in bars))
     unit = (RIGHT - left) / marks[-1]
     parts = [*x_axis(marks, left, unit, bottom)]

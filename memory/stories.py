@@ -6,7 +6,7 @@ import math
 import os
 import statistics
 import timeit
-from argparse import Namespace
+from argparse import ArgumentTypeError, Namespace
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -20,7 +20,7 @@ from torch import nn
 
 from data import Row
 from memory import account, plot
-from memory.environment import CONVENTIONS, OF_TABLE_1
+from memory.environment import CONVENTIONS, OF_TABLE_1, OF_TABLE_3
 from run import kernels
 from run.cache import States, kept_states
 from run.report import Progress, hardware, peak_memory, reset_peak
@@ -34,6 +34,13 @@ FEWER = ("as published", "softmax keeps only its output", "gradients freed after
          "no mask for attention maps")  # row i: without the first i conventions of Table 1
 CHANGES = {"fused attention": {"attention": "fused"}, "--checkpoint": {"checkpoint": True},
            "bf16 backbone": {"dtype": "bf16"}}
+
+
+def new_file(text: str) -> Path:
+    path = Path(text).expanduser().absolute()
+    if path.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
+        raise ArgumentTypeError(f"{text!r} cannot be written: name a file in a folder")
+    return path
 
 
 def count_all(cases: Sequence, count: Callable[..., dict]) -> list[dict]:
@@ -68,11 +75,26 @@ def show_cases(args: Namespace, title: str, cases: Sequence) -> list[dict]:
               f"{row['flops'] / 1e12:6.1f}{measured}  {bar}")
     print(*(f"  - {CONVENTIONS[name]}" for name in cases[0].conventions), "", sep="\n")
     if args.plot:
-        bars = [(row["label"], [row[kind] / account.GB for kind in KINDS], row["paper_gb"])
-                for row in rows]
-        plot.stacked_bars(args.plot, f"{title}; in 1000 MiB; mark: the paper",
-                          [kind.replace("_", " ") for kind in KINDS], bars)
+        draw(args.plot, f"{title}; in 1000 MiB; mark: the paper", rows)
     return rows
+
+
+def draw(file: Path, title: str, rows: Sequence[dict], GB: int = account.GB) -> None:
+    bars = [(row["label"], [row[kind] / GB for kind in KINDS], row["paper_gb"]) for row in rows]
+    plot.stacked_bars(file, title, [kind.replace("_", " ") for kind in KINDS], bars)
+
+
+def show_twice(args: Namespace, cases: Sequence) -> dict:
+    """Tables 3 and 4: each row as published, and today with the options given."""
+    both, (B, S, T) = [], args.batch
+    conventions = OF_TABLE_3 if args.table == 3 else OF_TABLE_1
+    for case in cases:
+        both += [replace(case, attention="eager", checkpoint=False, dtype="fp32",
+                         conventions=conventions), replace(case, title="  today")]
+    cells = " and an image's 36 cells" * (args.table == 3)
+    title = f"Table {args.table}: batch {B}, source {S}{cells}, target {T}"
+    rows = show_cases(args, title, both)
+    return {"rows": [row | {"today": today} for row, today in zip(rows[0::2], rows[1::2])]}
 
 
 def tricks(case) -> list[dict]:
@@ -100,22 +122,24 @@ def sweep(args: Namespace, cases: Sequence) -> dict:
     return {"rows": show_cases(args, title, swept)}
 
 
-def fits(args: Namespace, cases: Sequence) -> dict:
+def fits(args: Namespace, cases: Sequence, lengths: str = "") -> dict:
     """The largest batch whose step stays within the card, by bisection on the count."""
     limit, (_, S, T) = args.fits * 2**30, args.batch
+    lengths = lengths or f"source {S}, target {T}"
 
     def largest(case) -> dict:
         with torch.device("meta"):
             net = case.build()
             peak = lambda B: account.training_step(net, case.make_batch(B))["peak"]
-            too_many = next(4**i for i in itertools.count(2) if peak(4**i) > limit)
+            too_many = next(4**i for i in itertools.count() if peak(4**i) > limit)
             return {"largest_batch": bisect.bisect_right(range(1, too_many), limit, key=peak)}
 
     rows = count_all(cases, largest)
-    print(f"\nthe largest batch in {args.fits} GB of 2^30 bytes, source {S}, target {T}, "
+    print(f"\nthe largest batch in {args.fits} GB of 2^30 bytes, {lengths}, "
           f"{args.attention} attention\n(the CUDA context takes 0.5 GB more)\n")
+    width = max(24, *(len(row["label"]) for row in rows))
     for row in rows:
-        print(f"{row['label']:24}{row['largest_batch']:7,}")
+        print(f"{row['label']:{width}}{row['largest_batch']:7,}")
     return {"rows": rows}
 
 

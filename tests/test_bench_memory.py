@@ -162,6 +162,13 @@ def test_our_lst_is_smaller_than_lora_with_checkpointing_and_beside_images_too()
         assert ladder < most * min(others)
 
 
+@slow
+def test_a_ladder_beside_a_t5_of_three_billion_in_four_bits():  # the paper: 22.4
+    case = Case("lst", "t5-3b", keep=(23,), dtype="nf4", attention="fused")
+    row = case.account()
+    assert row["peak_paper_gb"] < 2.6 and row["inference_peak_paper_gb"] > row["weights"] / GB
+
+
 @pytest.mark.parametrize("arguments", [
     pytest.param([], marks=slow), ["--as-published", "--method", "lora"],
     pytest.param(["--method", "lst", "--batch-size", "3"], marks=slow)], ids=" ".join)
@@ -311,7 +318,8 @@ WRONG = """
 --table 3 --freeze 3 | --table 3 --r 5 | --table 3 --method lora --keep 1
 --method lst --r 32 --attention fused
 --table 3 --method lst --batch-size HUGE --target-length HUGE
---dtype bf16 --method full | --dtype fp16 --method lst
+--dtype bf16 --method full | --dtype fp16 --method lst | --dtype nf4 | --dtype nf4 --method lora
+--method qlora | --method qlora --model t5-small | --free 3 | --end up | --side-dtype bf16
 --plot x.svg --time | --plot missing/x.svg | --json missing/x.json | --json . | --json x --plot x
 --model t5-small --method lst --source-length HUGE | --model t5-small --explain --source-length HUGE
 --model t5-small --method lst --fits 12 --source-length HUGE
