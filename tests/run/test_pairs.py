@@ -22,7 +22,8 @@ WORDS = "film plot cast story good fine great bad poor dull".split()
 TURNED = [(f"{a} {b}", f"{b} {a}") for a in WORDS for b in WORDS]
 OWN, TRAIN, DEV = tasks.OWN, [row for row in TURNED if row not in TURNED[::4]], TURNED[::4]
 LEARNS = ("--method", "full", "--lr", "1e-2", "--epochs", 25)
-LETTERS = SimpleNamespace(encode=lambda text: [ord(letter) for letter in text],
+LETTERS = SimpleNamespace(start=[], end=[1], space="", eos=1,
+                          encode=lambda text: [ord(letter) for letter in text],
                           decode=lambda ids: "".join(map(chr, ids)).replace("{", "?"))
 
 
