@@ -2,13 +2,16 @@
 
     python assets/make/smollm2.py smollm2                              # the folder, once
     python experiments/llm.py --data glue --model smollm2              # what llm.json lacks
-    python experiments/llm.py --data glue --model smollm2 --only rte-lst,rte-qlora --jobs 2
+    python experiments/llm.py --data glue --model smollm2 --only rte-lst,rte-qlora
     python experiments/llm.py                                          # only print the table
 
 "Untrained" is the backbone as it is: of the words of the classes the likelier one is its answer, as
 it does not know yet that an answer ends there. "Majority" is the most frequent label.
 """
 import argparse
+import json
+import os
+import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -24,7 +27,7 @@ from experiments.runs import Variant  # noqa: E402
 from llm import load_llm, load_tokenizer  # noqa: E402
 from run.folder import write_json  # noqa: E402
 from run.metrics import glue_score  # noqa: E402
-from run.options import Parser, numbers, positive  # noqa: E402
+from run.options import Parser  # noqa: E402
 from run.report import exit_cleanly, hardware  # noqa: E402
 
 THIRD = "--keep 2,5,8,11,14,17,20,23,26,29"
@@ -65,20 +68,33 @@ def untrained(model: str, task_name: str, data: str, device: str) -> dict:
             "hardware": hardware(device)}
 
 
+class Together(runs.Runs):
+    """experiments/llm.json. The seeds of a variant are one command: they share the kept states."""
+
+    def make_all(self, name: str, seeds: list[int], data: str, model: str) -> None:
+        here = self.here | {"glue": data, "smollm2": model}
+        command = [here.get(word, word) for word in self.variants[name].command(seeds).split()]
+        out = ROOT / "runs" / "llm" / name
+        subprocess.run([*command, "--out", out, "--resume"], cwd=ROOT, check=True)
+        results = json.loads((out / "results.json").read_text(encoding="utf-8"))
+        for run in results.get("runs", [results]):
+            self.keep(name, run, jobs=1)
+
+
 def main(args: argparse.Namespace) -> dict:
-    found, failed = runs.Runs("llm"), 0
-    without = ROOT / "experiments" / "llm_untrained.json"
-    if args.data:
-        found.here["smollm2"] = args.model
-        names, device = args.only or list(VARIANTS), "cuda" if torch.cuda.is_available() else "cpu"
-        if not args.only:
-            tasks = dict.fromkeys(name.partition("-")[0] for name in VARIANTS)
-            write_json(without, {task: untrained(args.model, task, args.data, device)
-                                 for task in tasks})
-        failed = found.make_missing(names, args.seeds, str(Path(args.data).resolve()), args.jobs)
+    found, without = Together("llm"), ROOT / "experiments" / "llm_untrained.json"
+    if args.data and not args.only:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        tasks = dict.fromkeys(name.partition("-")[0] for name in VARIANTS)
+        write_json(without, {task: untrained(args.model, task, args.data, device)
+                             for task in tasks})
+    for name in (args.only or VARIANTS) if args.data else ():
+        seeds = list(range(VARIANTS[name].seeds))
+        if VARIANTS[name].command(seeds[-1:]) not in {run["command"] for run in found.current()}:
+            found.make_all(name, seeds, args.data, args.model)
     print(found.table(VARIANTS))
     print(without.read_text() if without.exists() else "")
-    return {"failed": failed}
+    return {}
 
 
 if __name__ == "__main__":
@@ -86,12 +102,12 @@ if __name__ == "__main__":
     add = parser.add_argument
     add("--data", help="folder of GLUE's official folders; without it nothing is run")
     add("--model", help="the folder that assets/make/smollm2.py writes")
-    add("--jobs", type=positive, default=1, help="runs at a time (default 1)")
     add("--only", type=lambda text: text.split(","), help=f"of {', '.join(VARIANTS)}")
-    add("--seeds", type=numbers, default=[0, 1, 2], help="seeds to run (default 0,1,2)")
     arguments = parser.parse_args()
     if bool(arguments.data) != bool(arguments.model):
         parser.error("--data and --model go together")
+    if arguments.data:
+        arguments.data, arguments.model = map(os.path.abspath, (arguments.data, arguments.model))
     if unknown := {*(arguments.only or [])} - VARIANTS.keys():
         parser.error(f"{min(unknown)!r} is no variant; choose from {', '.join(VARIANTS)}")
-    sys.exit(exit_cleanly(lambda: main(arguments))["failed"] > 0)
+    exit_cleanly(lambda: main(arguments))

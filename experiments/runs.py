@@ -123,13 +123,17 @@ class Runs:
             reason = done.stderr.strip().rpartition("\n")[2] or f"exit code {done.returncode}"
             return f"{name}, seed {seed}: failed, {reason}", None
         run = json.loads((ROOT / folder / f"{name}-{seed}" / "results.json").read_text("utf-8"))
-        run["config"] = {key: value for key, value in run["config"].items()
-                         if not str(value).startswith("/")}  # no paths of this machine
-        run |= {"command": variant.command([seed]), "runs_at_a_time": jobs,
-                "model": Path(run["model"]).name}
-        self.add({"variant": name} | run)
+        self.keep(name, run, jobs)
         score = run["test"]["score"]
         return f"{name}, seed {seed}: {score:.2f} in {run['seconds']:.0f} s", run["seconds"]
+
+    def keep(self, name: str, run: dict, jobs: int) -> None:
+        """Add what a run's results.json holds, without paths of this machine."""
+        run["config"] = {key: value for key, value in run["config"].items()
+                         if not str(value).startswith("/")}
+        self.add({"variant": name} | run | {
+            "command": self.variants[name].command([run["seed"]]), "runs_at_a_time": jobs,
+            "model": Path(run["model"]).name})
 
     def make_missing(self, names: list[str], numbers: list[int], data: str, jobs: int) -> int:
         """Return how many runs failed."""
