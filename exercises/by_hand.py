@@ -34,12 +34,11 @@ def marks(question: int, variant: int, value: float, reach: int = 0) -> set[str]
 
 
 def sheet(student: str, answers: dict[int, float] = {}) -> str:
-    lines = [f"student: {student}", "All numbers are float32 of 4 bytes, if a question does not say "
-             "otherwise. Parameters do not count as kept.", ""]
+    sheet = f"student: {student}\nNumbers are float32. Parameters do not count as kept.\n"
     for question, text in enumerate(TEXTS):
         text = text.format(**numbers(question, variant_of(student, question)))
-        lines += [f"{question + 1}. {text}", f"answer: {answers.get(question, '')}", ""]
-    return "\n".join(lines)
+        sheet += f"\n{question + 1}. {text}\nanswer: {answers.get(question, '')}\n"
+    return sheet
 
 
 def answer(question: int, N=1, D=32, B=1, S=1, H=1, K=32, d_ff=32, r=2, k=1) -> int:
@@ -47,39 +46,25 @@ def answer(question: int, N=1, D=32, B=1, S=1, H=1, K=32, d_ff=32, r=2, k=1) -> 
     import torch
     from torch import nn
 
-    from bench_memory import mlp
+    import bench_memory
     from memory import account, formula
-    from model import T5, Block, T5Config
-    from side import Gate, LadderT5, SideBlock, side_config
+    from model import Block, T5Config
+    from side import Gate, side_config
 
-    def bytes_of(*modules: nn.Module) -> int:
-        return account.bytes_of(nn.ModuleList(modules).parameters())
-
-    def rows(*names: str) -> int:
-        found = formula.layer_formula(config, B, S)
-        return sum(row["bytes"] for row in found if row["what"] in names)
-
-    def states() -> int:
-        ids, mask, decoder_ids, _ = account.make_batch(B, S, 1, config.vocab_size)
-        ladder = LadderT5(T5(config), r, range(N - k, N))
-        return account.bytes_of(h for h in ladder.hidden_states(ids, mask, decoder_ids)[0]
-                                if h is not None)
-
-    config = T5Config(d_model=D, d_kv=K, d_ff=d_ff, num_heads=H, num_layers=N, attention="eager",
-                      num_decoder_layers=1)
+    mlps = ("full", "GELU"), ("bias", "GELU"), ("full", "ReLU"), ("ladder", "ReLU")
+    if question < len(mlps):
+        return bench_memory.mlp(*mlps[question], N, B, D, r)[1]
+    config = T5Config(d_model=D, d_kv=K, d_ff=d_ff, num_heads=H, attention="eager")
+    rows = formula.layer_formula(config, B, S) + formula.layer_formula(config, B, S, D)[:1]
+    kept = {row["what"]: row["bytes"] for row in rows}
     with torch.device("meta"):
         gate, block = Gate(D, D // r), Block(side_config(config, r), is_decoder=False)
-        return [lambda: mlp("full", "GELU", N, B, D, r)[1],
-                lambda: mlp("bias", "GELU", N, B, D, r)[1],
-                lambda: mlp("full", "ReLU", N, B, D, r)[1],
-                lambda: mlp("ladder", "ReLU", N, B, D, r)[1],
-                lambda: bytes_of(gate) // 4,
-                lambda: bytes_of(SideBlock(gate, block)) // 4,
-                lambda: rows("softmax map", "dropped map"),
-                lambda: rows("dropout mask, wi", "relu"),
-                states,
-                lambda: 3 * (k * bytes_of(gate)
-                             + bytes_of(nn.Linear(D, D // r), nn.Linear(D // r, D)))][question]()
+        ends = nn.ModuleList([nn.Linear(D, D // r), nn.Linear(D // r, D)])
+    of_gate, of_block, of_ends = (account.bytes_of(module.parameters())
+                                  for module in (gate, block, ends))
+    return [of_gate // 4, (of_gate + of_block) // 4, kept["softmax map"] + kept["dropped map"],
+            kept["dropout mask, wi"] + kept["relu"], (k + 1) * kept["h_backbone"],
+            3 * (k * of_gate + of_ends)][question - len(mlps)]
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import importlib
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -28,39 +29,32 @@ HERE = Path(__file__).resolve().parent
 
 
 class Assignment(NamedTuple):
+    """A row of the table in README.md."""
     title: str
     points: int
     file: str  # what is handed in
-    functions: tuple[str, ...] = ()  # of it, those that students write
+    functions: list[str]  # of it, those that students write
 
 
 ASSIGNMENTS = {
-    1: Assignment("equations (1) and (2)", 10, "equations.py", ("backward_by_hand",)),
-    2: Assignment("the gate", 5, "side.py", ("Gate.mu", "Gate.forward")),
-    3: Assignment("the climb", 15, "side.py",
-                  ("SideBlock.forward", "LadderT5.hidden_states", "LadderT5.logits")),
-    4: Assignment("layer dropping", 10, "side.py", ("SideStack.forward",)),
-    5: Assignment("pruning", 15, "prune.py", ("row_scores", "top_rows", "published")),
-    6: Assignment("Fisher information", 10, "prune.py", ("fisher",)),
-    7: Assignment("passes and processes", 15, "train.py", ("backward",)),
-    8: Assignment("memory by hand", 10, "answers.txt"),
-    9: Assignment("a rung of one's own", 10, "rung.py",
-                  ("CrossAttention.__init__", "CrossAttention.forward")),
-}
+    int(number): Assignment(title, int(points), file, re.findall(r"`([\w.]+)`", functions))
+    for number, title, points, file, functions in re.findall(
+        r"^\| (\d+) \| (.+?) *\|.*\| *(\d+) \| `(\S+)` *\|(.*)\|$",
+        (HERE / "README.md").read_text(encoding="utf-8"), re.MULTILINE)}
 FILES = sorted({assignment.file for assignment in ASSIGNMENTS.values()})
 
 
 # ------------------------------------------------------------------ in the process of an assignment
 
 def run(number: int, student: str) -> dict[str, str]:
-    """{what a test claims: why it fails, or ""}; {"": why} if the tests cannot even start."""
+    """{what a test claims: why it fails, or ""}; {"all": why} if the tests cannot even start."""
     os.environ["STUDENT"], outcomes = student, {}
     torch.set_num_threads(1)  # small tensors
     try:
         path = next(HERE.glob(f"tests/test_{number}_*.py"))
         tests = vars(importlib.import_module(path.stem))
     except (Exception, SystemExit) as error:
-        return {"": why(error)}
+        return {"all": why(error)}
     for name in [name for name in tests if name.startswith("test_")]:
         seed = int(sha256(f"{student} {name}".encode()).hexdigest()[:15], 16)
         torch.manual_seed(seed)
@@ -75,15 +69,13 @@ def run(number: int, student: str) -> dict[str, str]:
 
 def why(error: BaseException) -> str:
     """What was found and what expected; or where the student's code stopped."""
+    frames = traceback.extract_tb(error.__traceback__)
+    where = [f"{Path(frame.filename).name}, line {frame.lineno}: " for frame in frames
+             if Path(frame.filename).name in FILES]
+    text = " ".join(str(error).split())[:200]
     if isinstance(error, NotImplementedError):
         return "not written yet"
-    if isinstance(error, SyntaxError):
-        return f"{Path(error.filename).name}, line {error.lineno}: {error.msg}"
-    frames = [(Path(frame.filename), frame.lineno)
-              for frame in traceback.extract_tb(error.__traceback__)]
-    where = [f"{path.name}, line {line}: " for path, line in frames if path.name in FILES]
-    text = " ".join(str(error).split())[:200]
-    if isinstance(error, AssertionError) and frames[-1][0].parent.name == "tests":
+    if isinstance(error, AssertionError) and Path(frames[-1].filename).parent.name == "tests":
         return text
     return f"{''.join(where[-1:])}{type(error).__name__}: {text}"
 
@@ -116,15 +108,14 @@ def grade(number: int, student: str, folder: Path, limit: float) -> dict:
         done = subprocess.run(command, cwd=folder, capture_output=True, timeout=limit)
         outcomes = json.loads(done.stdout)
     except subprocess.TimeoutExpired:
-        outcomes = {"": f"stopped after {limit:g} seconds: does a loop never end?"}
+        outcomes = {"all": f"stopped after {limit:g} seconds: does a loop never end?"}
     except ValueError:
-        outcomes = {"": f"Python ended before the tests did, with code {done.returncode}"}
+        outcomes = {"all": f"Python ended before the tests did, with code {done.returncode}"}
     if not (folder / file).is_file():
-        outcomes = {"": f"{file} is missing"}
+        outcomes = {"all": f"{file} is missing"}
     misses = {claim: reason for claim, reason in outcomes.items() if reason}
-    earned = points * (len(outcomes) - len(misses)) // len(outcomes)
-    return {"points": earned, "of": points, "seconds": round(time.time() - began, 1),
-            "misses": misses}
+    return {"points": points * (len(outcomes) - len(misses)) // len(outcomes), "of": points,
+            "seconds": round(time.time() - began, 1), "misses": misses}
 
 
 def main(argv=None) -> dict:
@@ -133,12 +124,10 @@ def main(argv=None) -> dict:
     parser.add_argument("--student", default="nobody", help="inputs and questions are theirs")
     parser.add_argument("--only", type=int, choices=ASSIGNMENTS, help="one assignment")
     parser.add_argument("--limit", type=float, default=60, help="seconds for each, default: 60")
-    parser.add_argument("--json", type=Path, help="also write what is returned to this file")
+    parser.add_argument("--json", type=argparse.FileType("w"), help="also write all to this file")
     args = parser.parse_args(argv)
-    if not (HERE / "model.py").is_file():
-        parser.error("there is no course beside this file: first python exercises/make.py DIR")
-    if not args.folder.is_dir():
-        parser.error(f"{args.folder} is no folder: name what a student has handed in")
+    if not (HERE / "model.py").is_file() or not args.folder.is_dir():
+        parser.error(f"{args.folder} or {HERE} is no course: python exercises/make.py DIR makes one")
 
     result = {"student": args.student, "points": 0, "of": 0, "assignments": {}}
     with TemporaryDirectory() as work:
@@ -150,16 +139,15 @@ def main(argv=None) -> dict:
         for number in [args.only] if args.only else ASSIGNMENTS:
             graded = grade(number, args.student, work, args.limit)
             result["assignments"][number] = graded
+            result["points"], result["of"] = (result[key] + graded[key] for key in ("points", "of"))
             print(f"{number} {ASSIGNMENTS[number].title:24}{graded['points']:3} of "
                   f"{graded['of']:2}{graded['seconds']:7} s", flush=True)
             for reason in dict.fromkeys(graded["misses"].values()):
                 claims = [claim for claim, other in graded["misses"].items() if other == reason]
-                print(f"    {' / '.join(claims[:2])}{' ...' * (len(claims) > 2)}: {reason}")
-    for name in ("points", "of"):
-        result[name] = sum(graded[name] for graded in result["assignments"].values())
+                print(f"    {claims[0]}{' ...' * (len(claims) > 1)}: {reason}")
     print(f"  {'in all':24}{result['points']:3} of {result['of']}")
     if args.json:
-        args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        json.dump(result, args.json, indent=2)
     return result
 
 

@@ -25,16 +25,11 @@ def cases():
         yield name, equations.backward_by_hand(a[0], W, b, name), W, b, a, z, kept
 
 
-def test_equation_1_gives_the_gradients_of_weights():
-    for name, (dL_dW, *_), W, *_ in cases():
-        for i, W_i in enumerate(W):
-            same(f"{name}, dL/dW_{i}", dL_dW.get(i), W_i.grad)
-
-
-def test_equation_1_gives_the_gradients_of_biases():
-    for name, (_, dL_db, *_), _, b, *_ in cases():
-        for i, b_i in enumerate(b):
-            same(f"{name}, dL/db_{i}", dL_db.get(i), b_i.grad)
+def test_the_equations_give_the_gradients():
+    for name, (dL_dW, dL_db, *_), W, b, *_ in cases():
+        for i in range(len(W)):
+            same(f"{name}, dL/dW_{i}", dL_dW.get(i), W[i].grad)
+            same(f"{name}, dL/db_{i}", dL_db.get(i), b[i].grad)
 
 
 def test_what_the_equations_read():

@@ -23,15 +23,6 @@ def batch(*lengths):
     return source_ids, masks[0], decoder_ids, masks[1], labels.masked_fill(~masks[1], -100)
 
 
-def rows(tensors, first, last):
-    return [tensor[first:last] for tensor in tensors]
-
-
-def check(what, found, expected):
-    for name in expected:
-        same(f"{name}, {what}", found[name], expected[name])
-
-
 def test_it_is_the_square_of_the_slope_of_a_samples_loss():
     t5, (*inputs, labels) = backbone(), batch(randint(2, T))
     found, exact = prune.fisher(t5, [(*inputs, labels)]), copy.deepcopy(t5).double()
@@ -46,22 +37,20 @@ def test_it_is_the_square_of_the_slope_of_a_samples_loss():
         same(f"{name} {[int(i) for i in place]}", values[place], slope * slope, 1e-2)
 
 
-def test_each_sample_is_squared_then_all_are_summed():
-    t5, both = backbone(), batch(randint(3, T), 2)
-    first, second = (prune.fisher(t5, [rows(both, b, b + 1)]) for b in range(2))
-    check("of two samples", prune.fisher(t5, [both]), {W: first[W] + second[W] for W in first})
-
-
-def test_no_more_samples_than_asked_for():
+def test_each_sample_is_squared_then_as_many_as_asked_for_are_summed():
     t5, many = backbone(), batch(4, 3, 2, 4, 3)
-    found = prune.fisher(t5, [rows(many, 0, 2), rows(many, 2, 5)], samples=3)
-    check("3 samples of batches of 2 and 3", found, prune.fisher(t5, [rows(many, 0, 3)]))
+    each = [prune.fisher(t5, [[tensor[b : b + 1] for tensor in many]]) for b in range(3)]
+    batches = [[tensor[:2] for tensor in many], [tensor[2:] for tensor in many]]
+    for name, values in prune.fisher(t5, batches, samples=3).items():
+        expected = sum(one[name] for one in each)
+        same(f"{name}, 3 samples, batches of 2 and 3", values, expected)
 
 
 def test_the_model_stays_as_it_was_and_drops_nothing():
     t5, samples = backbone().requires_grad_(False), [batch(3)]
-    expected = prune.fisher(t5, samples)
-    check("in training mode", prune.fisher(t5.train(), samples), expected)
+    expected, found = prune.fisher(t5, samples), prune.fisher(t5.train(), samples)
+    for name in expected:
+        same(f"{name} of a model in training mode", found[name], expected[name])
     equal("the model's training mode after it", t5.training, True)
     trained = [name for name, p in t5.named_parameters() if p.requires_grad or p.grad is not None]
     equal("frozen parameters that train now, or have a gradient", trained, [])

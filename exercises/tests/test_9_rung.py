@@ -20,24 +20,15 @@ def attending():
     return one, *inputs[:2], None, inputs[2].masked_fill(future, torch.finfo(torch.float32).min)
 
 
-def reached(which):
-    """A position, and the positions whose output changes with this input there."""
+def test_the_side_network_asks_and_the_backbone_answers_where_the_bias_lets_it():
     one, *inputs = attending()
     at, before = randint(1, S - 2), one(*inputs)
     equal("the output's shape", tuple(before.shape), (B, S, d))
-    inputs[which] = inputs[which].index_add(1, torch.tensor([at]), 1 + 0 * inputs[which][:, :1])
-    moved = (one(*inputs) - before).abs().amax(dim=(0, 2)) > 1e-9
-    return at, moved.nonzero().flatten().tolist()
-
-
-def test_the_side_network_asks():
-    at, found = reached(0)
-    equal(f"positions that see h_side[:, {at}]", found, [at])
-
-
-def test_the_backbone_answers_where_the_bias_lets_it():
-    at, found = reached(1)
-    equal(f"positions that see h_backbone[:, {at}]", found, [*range(at, S)])
+    for name, i, expected in (("h_side", 0, [at]), ("h_backbone", 1, [*range(at, S)])):
+        other = [tensor if tensor is None else tensor.clone() for tensor in inputs]
+        other[i][:, at] += 1
+        moved = (one(*other) - before).abs().amax(dim=(0, 2)) > 1e-9
+        equal(f"positions that see {name}[:, {at}]", moved.nonzero().flatten().tolist(), expected)
 
 
 def test_what_it_reads_is_added():
