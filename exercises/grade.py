@@ -127,7 +127,7 @@ def main(argv=None) -> dict:
     parser.add_argument("--json", type=argparse.FileType("w"), help="also write all to this file")
     args = parser.parse_args(argv)
     if not (HERE / "model.py").is_file() or not args.folder.is_dir():
-        parser.error(f"{args.folder} or {HERE} is no course: python exercises/make.py DIR makes one")
+        parser.error(f"no course in {args.folder} or {HERE}: first python exercises/make.py DIR")
 
     result = {"student": args.student, "points": 0, "of": 0, "assignments": {}}
     with TemporaryDirectory() as work:

@@ -24,8 +24,8 @@ import grade  # noqa: E402
 import source  # noqa: E402
 from grade import ASSIGNMENTS  # noqa: E402
 
-GIVEN = ["model.py", "data.py", "assets/nano", "assets/sample", "LICENSE", "requirements.txt",
-         *(f"run/{name}.py" for name in "__init__ beam folder hub metrics processes report".split())]
+GIVEN = ["LICENSE", "requirements.txt", "model.py", "data.py", "assets/nano", "assets/sample"]
+GIVEN += [f"run/{name}.py" for name in "__init__ beam folder hub metrics processes report".split()]
 OURS = ["README.md", "grade.py", "by_hand.py", "questions.txt", "tests"]
 PARTS = {  # a file of some definitions of another one, which holds answers, too
     "equations.py": ("bench_memory.py", "ACTIVATIONS", "backward_by_hand"),
@@ -75,8 +75,8 @@ def make(folder: Path) -> None:
 def check(student: str = "ada") -> bool:
     """Print a line for each assignment. A solution is swapped in by running its text in the module
     that the tests have imported; what students do not write comes from the repository."""
-    draw = lambda i: by_hand.numbers(i, by_hand.variant_of(student, i))
-    answers = {i: by_hand.answer(i, **draw(i)) for i in range(len(by_hand.TEXTS))}
+    answers = {i: by_hand.answer(i, **by_hand.numbers(i, by_hand.variant_of(student, i)))
+               for i in range(len(by_hand.TEXTS))}
     lines = (HERE / "wrong.txt").read_text(encoding="utf-8").splitlines()
     wrong = [[cell.strip() for cell in line.split(" |")] for line in lines]
     truths = {file: solved(file) for file in grade.FILES if file != "answers.txt"}
@@ -90,9 +90,9 @@ def check(student: str = "ada") -> bool:
     def missed(number: int) -> list[bool]:
         return [bool(reason) for reason in grade.run(number, student).values()]
 
+    well = True
     for file, truth in truths.items():
         put(file, truth)
-    well = True
     for number, (title, _, file, functions) in ASSIGNMENTS.items():
         truth, began = truths[file], time.time()
         passes, seconds = not any(missed(number)), time.time() - began
@@ -105,9 +105,9 @@ def check(student: str = "ada") -> bool:
             survivors += [] if any(missed(number)) else [what]
         put(file, truth)
         well &= passes and fails and len(mine) >= 5 and not survivors and seconds < 20
-        print(f"{number} {title:22} the source {'passes' if passes else 'FAILS'} in {seconds:.1f} s,"
-              f" its stub {'fails' if fails else 'DOES NOT FAIL'} these tests only,"
-              f" {len(mine) - len(survivors)} of {len(mine)} wrong ones fail", *survivors, flush=True)
+        print(f"{number} {title:22} the source {'passes' if passes else 'FAILS'}, {seconds:.1f} s;"
+              f" its stub {'fails' if fails else 'DOES NOT FAIL'} these tests only;"
+              f" {len(mine) - len(survivors)} of {len(mine)} wrong ones fail", *survivors)
     return well
 
 

@@ -21,8 +21,8 @@ def test_it_starts_half_open():
 
 def test_the_temperature_divides_alpha():
     alpha, temperature = uniform(0.1, 0.3), uniform(0.2, 0.9)
-    mu, odds = gate(alpha, temperature)[0].mu, math.exp(alpha / temperature)
-    same(f"mu : (1 - mu) for {alpha:.2f} and {temperature:.2f}", mu / (1 - mu), torch.tensor([odds]))
+    mu, odds = gate(alpha, temperature)[0].mu, torch.tensor([math.exp(alpha / temperature)])
+    same(f"mu : (1 - mu) for {alpha:.2f} and {temperature:.2f}", mu / (1 - mu), odds)
 
 
 def test_it_opens_to_the_backbone_and_shuts_it_out():

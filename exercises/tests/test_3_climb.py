@@ -22,12 +22,11 @@ def test_a_side_block_is_a_rung_then_a_block_and_images_have_no_rung():
     block = side.SideBlock(None, None)
     block.rung = lambda h_side, h_backbone, cache, bias: h_side + h_backbone[..., :d]
     block.block = lambda h, cache, bias: h * bias
-    for images in (0, P):
-        h_side, h_backbone, bias = torch.randn(B, S + images, d), torch.randn(B, S, D), torch.randn(1)
-        text = bias * h_side[:, :S] + bias * h_backbone[..., :d]
-        expected = torch.cat([text, bias * h_side[:, S:]], dim=1)
-        found = block(h_side, h_backbone, None, bias)
-        same(f"{S} tokens, {images} positions of images", found, expected)
+    for more in (0, P):
+        h_side, h_backbone, bias = torch.randn(B, S + more, d), torch.randn(B, S, D), torch.randn(1)
+        found, expected = block(h_side, h_backbone, None, bias), bias * h_side
+        expected[:, :S] += bias * h_backbone[..., :d]
+        same(f"{S} tokens, {more} positions of images", found, expected)
 
 
 def test_rungs_read_what_the_backbone_computes():

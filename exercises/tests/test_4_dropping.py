@@ -46,8 +46,7 @@ def test_every_block_gets_its_cache_and_the_context():
 
 
 def test_each_layer_dropped_saves_its_state():
-    kept = []
-    for stack, hidden in map(ladder, range(N + 1)):
-        kept.append(kept_bytes(lambda: stack(hidden), stack.parameters()))
+    ladders = map(ladder, range(N + 1))
+    kept = [kept_bytes(lambda: stack(hidden), stack.parameters()) for stack, hidden in ladders]
     more = [kept[i + 1] - kept[i] for i in range(N)]
     equal("bytes that each layer more keeps", more, N * [4 * B * S * D])

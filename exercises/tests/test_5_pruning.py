@@ -11,7 +11,7 @@ def planted(r):
     """A T5, an importance, and what should stay: there it is above 1, less in other rows of these
     columns, and more in columns that went before."""
     sizes = dict(vocab_size=12, d_model=12, d_kv=8, d_ff=24, num_layers=2, num_heads=3)
-    t5, kept = T5(T5Config(**sizes, feed_forward_proj=choice(["relu", "gated-gelu"]))), {}
+    t5, stays = T5(T5Config(**sizes, feed_forward_proj=choice(["relu", "gated-gelu"]))), {}
     importance = {name: torch.rand_like(p) / 10 for name, p in t5.named_parameters()}
 
     def some(count):
@@ -21,18 +21,18 @@ def planted(r):
         gone = [i for i in range(importance[name].size(1)) if i not in columns]
         importance[name][:, gone] = 1 + 9 * torch.rand(len(importance[name]), len(gone))
         importance[name][torch.tensor(rows)[:, None], columns] += 1
-        kept[name] = rows, columns
+        stays[name] = rows, columns
 
     stream = some(12)
     importance["embed.weight"][:, stream] += 1
     for norm, reads, writes in prune.sublayers(t5):
-        kept[norm] = (stream,)
+        stays[norm] = (stream,)
         if reads:
             rows, before, stream = some(len(importance[reads[0]])), stream, some(12)
             for name in reads:
                 plant(name, rows, before)
             plant(writes, stream, rows)
-    return t5, importance, kept
+    return t5, importance, stays
 
 
 def test_a_score_is_the_sum_over_the_row():

@@ -48,9 +48,9 @@ def test_each_sample_is_squared_then_as_many_as_asked_for_are_summed():
 
 def test_the_model_stays_as_it_was_and_drops_nothing():
     t5, samples = backbone().requires_grad_(False), [batch(3)]
-    expected, found = prune.fisher(t5, samples), prune.fisher(t5.train(), samples)
-    for name in expected:
-        same(f"{name} of a model in training mode", found[name], expected[name])
+    expected = prune.fisher(t5, samples)
+    for name, values in prune.fisher(t5.train(), samples).items():
+        same(f"{name} of a model in training mode", values, expected[name])
     equal("the model's training mode after it", t5.training, True)
     trained = [name for name, p in t5.named_parameters() if p.requires_grad or p.grad is not None]
     equal("frozen parameters that train now, or have a gradient", trained, [])

@@ -52,8 +52,7 @@ def check(count, world_size=1, accumulate=1):
     same(what + "the sum of what is returned", sum(losses), loss)
     equal(what + "does that hold a graph?", losses[0].requires_grad, False)
     (gradient,) = torch.autograd.grad(loss, [model.weight])
-    mean = model.weight.grad / world_size  # as DistributedDataParallel takes it
-    same(what + "the gradient", mean, gradient)
+    same(what + "the mean of their gradients", model.weight.grad / world_size, gradient)
 
 
 def test_passes_sum_up_to_the_mean_over_label_tokens():
