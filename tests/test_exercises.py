@@ -170,11 +170,13 @@ def test_a_loop_without_an_end_is_stopped(course, submission):
     assert result["points"] == 0 and "stopped after 8 seconds" in text
 
 
-def test_a_missing_file_is_named_and_the_folders_own_tests_do_not_count(course, tmp_path):
-    (tmp_path / "tests").mkdir()
-    (tmp_path / "tests" / "test_9_rung.py").write_text("def test_nothing():\n    pass\n")
-    text, result = graded(course, tmp_path, "--only", "9")
-    assert result["points"] == 0 and "rung.py is missing" in text
+def test_a_missing_file_is_named_and_only_what_is_handed_in_counts(course, tmp_path):
+    shutil.copytree(course, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "rung.py").unlink()
+    (tmp_path / "tests" / "test_2_gate.py").write_text("def test_nothing():\n    pass\n")
+    for number, line in (("2", "not written yet"), ("9", "rung.py is missing")):
+        text, result = graded(course, tmp_path, "--only", number)
+        assert result["points"] == 0 and line in text
 
 
 @pytest.mark.slow
