@@ -170,6 +170,7 @@ def test_a_loop_without_an_end_is_stopped(course, submission):
     assert result["points"] == 0 and "stopped after 8 seconds" in text
 
 
+@pytest.mark.slow
 def test_a_missing_file_is_named_and_only_what_is_handed_in_counts(course, tmp_path):
     shutil.copytree(course, tmp_path, dirs_exist_ok=True)
     (tmp_path / "rung.py").unlink()
