@@ -120,17 +120,17 @@ class Ablations(runs.Runs):
         super().add(run | {"accounted": counted})
 
     def show(self, figure: str) -> None:
-        print(f"\n{figure:34}{'trained':>10}{'score':>14}   seeds{'MiB':>14}{'seconds':>9}")
+        """A table in Markdown, as docs/results.md has it."""
+        print(f"\n{figure}\n\n| | trained | score | each seed | MiB of a step |")
+        print("|---|---:|---:|---:|---:|")
         for name in FIGURES[figure]:
             found = [run for run in self.current() if run["variant"] == name]
-            if not found:
-                continue
             scores = [run["test"]["score"] for run in found]
-            seconds = statistics.mean(run["seconds"] for run in found)
-            print(f"{self.variants[name].title[:33]:34}{found[0]['trainable_params']:>10,}"
-                  f"{statistics.mean(scores):8.1f} ± {statistics.pstdev(scores):3.1f}   "
-                  f"{' '.join(f'{score:.1f}' for score in scores):15}"
-                  f"{found[0]['accounted']['peak'] / 2**20:4.0f}{seconds:9.0f}")
+            if found:
+                variant, peak = self.variants[name], found[0]["accounted"]["peak"] / 2**20
+                print(f"| {variant.title} | {found[0]['trainable_params']:,} | "
+                      f"**{statistics.mean(scores):.1f}** ± {statistics.pstdev(scores):.1f} | "
+                      f"{', '.join(f'{score:.1f}' for score in scores)} | {peak:.0f} |")
 
 
 def main(args: argparse.Namespace, ablations: Ablations, names: list[str]) -> dict:

@@ -18,8 +18,9 @@ from experiments.ablations import FIGURES  # noqa: E402
 from memory.plot import RIGHT, TOP, save, stroke, text, ticks, x_axis  # noqa: E402
 
 LEFT, BOTTOM = 60, 402
-NAMES = {"adapters": ("adapters",), "LoRA": ("lora",), "BitFit": ("bitfit",),
-         "LST": ("lst", "r2", "r4", "r16", "r32", "keep")}
+NAMES = {"adapters": ("adapters",), "LoRA": ("lora",),
+         "LST": ("lst", "r2", "r4", "r16", "r32", "keep"), "BitFit": ("bitfit",)}
+LEAST = 45  # what is below stands on the axis, with its number
 LABELS = {"lst": "r8", "adapters": "", "lora": "", "bitfit": ""}
 
 
@@ -42,7 +43,7 @@ def points(figure: str, rows: list[dict]) -> list[tuple[str, list[tuple]]]:
 
 def draw(file: Path, title: str, lines: list[tuple[str, list[tuple]]]) -> None:
     every = [point for _, each in lines for point in each]
-    low = math.floor(min(score - spread for _, score, spread, _ in every))
+    low = max(LEAST, math.floor(min(score - spread for _, score, spread, _ in every)))
     high = max(low + 1, math.ceil(max(score + spread for _, score, spread, _ in every)))
     x_marks = ticks(max(memory for memory, *_ in every))
     x_unit, y_unit = (RIGHT - LEFT) / x_marks[-1], (BOTTOM - TOP) / (high - low)
@@ -53,14 +54,15 @@ def draw(file: Path, title: str, lines: list[tuple[str, list[tuple]]]) -> None:
         parts += [stroke("grid", f"M{LEFT} {y:.1f} H{RIGHT}"),
                   text(LEFT - 8, y + 4, str(mark), "end")]
     for i, (_, each) in enumerate(lines):
-        places = [(LEFT + memory * x_unit, BOTTOM - (score - low) * y_unit, spread * y_unit, label)
+        places = [(LEFT + memory * x_unit, BOTTOM - max(score - low, 0) * y_unit,
+                   spread * y_unit * (score > low), label + f": {score:.0f}" * (score < low))
                   for memory, score, spread, label in each]
         line = " L".join(f"{x:.1f} {y:.1f}" for x, y, _, _ in places)
         parts.append(stroke(f"c{i}", f"M{line}"))
-        for x, y, spread, label in places:
+        for number, (x, y, spread, label) in enumerate(places):
             parts += [stroke(f"c{i}", f"M{x:.1f} {y - spread:.1f} V{y + spread:.1f}"),
                       stroke(f"c{i}", f"M{x - 4:.1f} {y:.1f} l4 -4 l4 4 l-4 4 z"),
-                      text(x + 7, y - 6, label)]
+                      text(x + 7, y + (16 if number % 2 else -6), label)]
     save(file, title, [name for name, _ in lines], parts, BOTTOM + 44)
 
 
