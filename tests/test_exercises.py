@@ -93,6 +93,7 @@ def test_signatures_and_docstrings_stay_and_the_source_is_as_it_was(course, tmp_
             assert ast.unparse(given.body[-1]).startswith("raise NotImplementedError('assignment")
 
 
+@pytest.mark.slow
 def test_every_module_of_the_folder_can_be_imported(course):
     names = [path.relative_to(course).with_suffix("") for path in course.rglob("*.py")]
     names = [str(name).replace("/", ".") for name in names if name.parts[0] != "tests"]

@@ -139,7 +139,7 @@ def test_predict_continues_a_text(command, tmp_path, capsys):
     assert "text" in answer
 
 
-@pytest.mark.parametrize("init", ["random", "magnitude", "fisher"])
+@pytest.mark.parametrize("init", ["fisher", pytest.param("random", marks=pytest.mark.slow)])
 def test_a_t5_in_four_bits_has_the_ladder_that_starts_from_its_full_weights(argv, tmp_path, init):
     more = ("--init", init, "--fisher-samples", "8") if init == "fisher" else ("--init", init)
     for dtype in ("fp32", "nf4"):

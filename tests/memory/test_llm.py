@@ -126,7 +126,8 @@ EVERY = ["full fine-tuning, bf16", "LoRA r 64, bf16", "QLoRA r 64, NF4",
 
 @pytest.mark.parametrize("arguments, labels", [
     pytest.param("", EVERY, marks=pytest.mark.slow), ("--method qlora", EVERY[2:4]),
-    ("--dtype nf4 --side-dtype bf16", [*EVERY[2:4], EVERY[7], EVERY[11]]),
+    pytest.param("--dtype nf4 --side-dtype bf16", [*EVERY[2:4], EVERY[7], EVERY[11]],
+                 marks=pytest.mark.slow),
     ("--checkpoint --method lora", ["LoRA r 64, bf16, checkpointing"]),
     ("--method lst --r 2 --keep 1,3 --end up --dtype nf4 --side-dtype bf16",
      ["LST r 2, 2 rungs, NF4, side bf16, end up"]),

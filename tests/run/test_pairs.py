@@ -147,6 +147,7 @@ def test_the_epoch_with_the_least_loss_is_kept_whatever_its_score(own, monkeypat
     assert (results["best_epoch"], results["val"]["loss"]) == (2, 2.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [("--cache", 0), ("--cache", 1), ("--accumulate", 3)], ids=str)
 def test_kept_states_and_passes_change_rounding_only(own, tmp_path, more):
     both = [train.main(own("--dropout", 0, "--epochs", 2, "--out", tmp_path / name, *options))
@@ -173,7 +174,8 @@ def test_two_processes_have_the_loss_and_the_answers_of_one(own, tmp_path, child
     assert (out / "answers.jsonl").read_bytes() == answers
 
 
-@pytest.mark.parametrize("number", [7, pytest.param(13, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [7, 13])
 def test_a_killed_run_goes_on_to_the_same_answers(own, tmp_path, children, number):
     """Killed in its second epoch, or when all answers are written and the results are not."""
     line = own("--epochs", 2, "--save-steps", 2, "--cache", 1)
