@@ -10,7 +10,7 @@ DEFAULTS = (  # Tables 5 and 6, and the authors' code. Of the lines that fit a r
     ("texts",    ANY,    "--side adapters", dict(r=16)),
     ("texts",    ANY,    "y-tuning", dict(lr=1e-3)),  # Paper: it does not name one
     # Paper: it has no decoder-only backbone; these are ours, QLoRA's rate is arXiv:2305.14314's.
-    ("texts", "decoder-only", ANY, dict(lr=1e-3, batch_size=32, epochs=3, warmup_steps=None)),
+    ("texts", "decoder-only", ANY, dict(lr=3e-4, batch_size=32, epochs=3, warmup_steps=None)),
     ("texts", "decoder-only", "qlora", dict(lr=2e-4)),
     ("texts", "wide heads", "lst", dict(r=16)),
     ("pictures", ANY,    ANY,      dict(lr=3e-4, batch_size=300, warmup_steps=None, r=4)),
