@@ -95,8 +95,8 @@ class Task:
         """Return token ids, each target with its end token; a longer text is cut."""
         most, start, end = self.max_length or tokenizer.longest, tokenizer.start, tokenizer.end
         kept = slice(most - 1) if end else slice(1 - most, None)  # a plain prompt ends with its ask
-        targets = {text: tokenizer.encode(tokenizer.space + text)[:most - 1] + [tokenizer.eos]
-                   for text in {example.target for example in examples}}
+        targets = {text: tokenizer.encode(tokenizer.space * (text[:1] != " ") + text)[:most - 1]
+                   + [tokenizer.eos] for text in {example.target for example in examples}}
         return [Row(start + tokenizer.encode(example.source)[kept] + end, targets[example.target])
                 for example in examples]
 

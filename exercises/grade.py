@@ -132,10 +132,10 @@ def main(argv=None) -> dict:
     result = {"student": args.student, "points": 0, "of": 0, "assignments": {}}
     with TemporaryDirectory() as work:
         work = Path(work, "course")
-        shutil.copytree(HERE, work, ignore=shutil.ignore_patterns("assets", "__pycache__", *FILES))
-        for file in FILES:
-            if (args.folder / file).is_file():
-                shutil.copy(args.folder / file, work / file)
+        left = shutil.ignore_patterns(".*", "*env*", "assets", "__pycache__", "submissions", *FILES)
+        shutil.copytree(HERE, work, ignore=left)
+        for file in [file for file in FILES if (args.folder / file).is_file()]:
+            shutil.copy(args.folder / file, work / file)
         for number in [args.only] if args.only else ASSIGNMENTS:
             graded = grade(number, args.student, work, args.limit)
             result["assignments"][number] = graded

@@ -75,7 +75,8 @@ class Together(runs.Runs):
         here = self.here | {"glue": data, "smollm2": model}
         command = [here.get(word, word) for word in self.variants[name].command(seeds).split()]
         out = ROOT / "runs" / "llm" / name
-        subprocess.run([*command, "--out", out, "--resume"], cwd=ROOT, check=True)
+        if code := subprocess.run([*command, "--out", out, "--resume"], cwd=ROOT).returncode:
+            sys.exit(code)  # it has said why
         results = json.loads((out / "results.json").read_text(encoding="utf-8"))
         for run in results.get("runs", [results]):
             self.keep(name, run, jobs=1)
@@ -83,7 +84,7 @@ class Together(runs.Runs):
 
 def main(args: argparse.Namespace) -> dict:
     found, without = Together("llm"), ROOT / "experiments" / "llm_untrained.json"
-    if args.data and not args.only:
+    if args.data and not args.only and not without.exists():
         device = "cuda" if torch.cuda.is_available() else "cpu"
         tasks = dict.fromkeys(name.partition("-")[0] for name in VARIANTS)
         write_json(without, {task: untrained(args.model, task, args.data, device)

@@ -157,7 +157,7 @@ class Runs:
 
     def table(self, variants: dict[str, Variant]) -> str:
         """Rows in Markdown, and the commands that make them."""
-        pictures, rows, commands = self.which == "pictures", [], []
+        pictures, papers, rows, commands = self.which == "pictures", self.which == "glue", [], []
         for name, variant in variants.items():
             runs = [run for run in self.current() if run["variant"] == name]
             if not runs:
@@ -172,13 +172,13 @@ class Runs:
             if pictures:
                 hidden = statistics.mean(run["test_hidden"]["score"] for run in runs)
                 cells.append(f"{hidden:.1f}")
-            cells += [f"{seconds:.0f}", f"{peak:.0f} MiB"] + [variant.paper] * (not pictures)
+            cells += [f"{seconds:.0f}", f"{peak:.0f} MiB"] + [variant.paper] * papers
             rows.append(f"| {' | '.join(cells)} |")
             commands.append("    " + variant.command([run["seed"] for run in runs]))
         head = ["", "trained parameters", "score, mean ± deviation", "each seed"]
         head += ["the pictures hidden"] * pictures + ["seconds", "peak memory"]
-        head += ["the paper, T5-base"] * (not pictures)
-        lines = [f"|{' | '.join(head)} |", "|---" + "|---:" * 6 + "|", *rows]
+        head += ["the paper, T5-base"] * papers
+        lines = [f"|{' | '.join(head)} |", "|---" + "|---:" * (len(head) - 1) + "|", *rows]
         return "\n".join(["", *lines, "", *commands]) if rows else ""
 
 

@@ -67,7 +67,7 @@ class LadderLM(CausalLM):
     def hidden_states(self, ids: Tensor, mask: Tensor, cache: list[dict] | None = None) -> list:
         """What rungs read: frozen word embeddings, then layers' outputs, (B, T, D) each."""
         with torch.no_grad():  # Sec. 3.1: autograd sees nothing of the backbone
-            return self.backbone.hidden_states(ids, mask, cache, self.side.keep)
+            return self.backbone.hidden_states(ids, mask, cache, self.side.reads)
 
     def states(self, ids: Tensor, mask: Tensor, T: int, caches: list | None = None) -> Tensor:
         backbone_cache, side_cache = caches or (None, None)

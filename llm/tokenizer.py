@@ -32,7 +32,7 @@ class SentencePieces:
         return self.pieces.encode(text)
 
     def decode(self, ids: list[int]) -> str:
-        return self.pieces.decode(until(self.eos, ids))
+        return self.pieces.decode([i for i in until(self.eos, ids) if i < self.vocab_size])
 
 
 class BytePairs:

@@ -54,8 +54,8 @@ def files_of(model: str | Path) -> list[Path]:
 
 
 def load_backbone(model: str | Path, device: str, dtype: str, **options) -> T5:
-    """model.load_t5, also in 4 bits. Then its weights are mapped from the disk and quantised one
-    after the other: the whole never stands in memory. What is no linear map is bfloat16."""
+    """model.load_t5, also in 4 bits. Then the weights of a float32 file are mapped from disk and
+    quantised one after the other: it never stands in memory. What is no linear map is bfloat16."""
     if dtype != "nf4":
         return t5.load_t5(model, device, DTYPES[dtype], **options)
     backbone = quantize_(t5.load_t5(model, **options))

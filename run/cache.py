@@ -4,7 +4,7 @@ Before the first step the rows pass it, from short to long, in groups that depen
 batch. What the rungs read is kept in a file that has no name, so that it ends with the process, and
 that is read, not mapped, so that it is not the process's memory. A row takes
 (n_encoder S + n_decoder T) D numbers of the backbone's dtype, where n is the number of kept layers;
-of a decoder-only model n (S + T - 1) D, and what the head reads is among them.
+of a decoder-only model n (S + T - 1) D, where the last layer counts if the head reads it.
 """
 import contextlib
 import time

@@ -5,6 +5,7 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 
@@ -93,7 +94,8 @@ def parse(argv: Sequence[str] | None, description: str) -> argparse.Namespace:
         help="lst: the ladder (default); a decoder-only model knows lst and qlora")
     add("--data", type=path, help="folder of official files, or of your own (text); or sample "
         "(default: download; draw)")
-    add("--max-length", type=positive, help="tokens at which your own texts are cut (default 512)")
+    add("--max-length", type=partial(whole, least=2), help="tokens at which your own texts are cut "
+        "(default 512)")
     add("--prompts", choices=("paper", "t5", "plain"), help="labels as digits (default), as T5's "
         "words, or plain English (default of a decoder-only model)")
     add("--clip", type=path, help=f"CLIP: nano (default), {', '.join(CLIP_PUBLIC)}, a folder")
@@ -126,7 +128,7 @@ def parse(argv: Sequence[str] | None, description: str) -> argparse.Namespace:
     add("--accumulate", type=positive, default=1, help="passes of a step, for less memory")
     add("--lr", type=float, help="peak learning rate")
     add("--warmup-steps", type=whole, help="steps in which the learning rate rises")
-    add("--dropout", type=float, help="in what trains (default: the backbone's)")
+    add("--dropout", type=float, help="in what trains (default: the T5's; 0)")
     add("--seed", "--seeds", dest="seeds", type=numbers, default=[0], metavar="0,1,2",
         help="of order, dropout and random weights (default 0); several: one run each")
     gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
@@ -194,9 +196,10 @@ def check(parser: Parser, args: argparse.Namespace, given: list[str]) -> None:
             args.classify and (pictures or {"stsb", "text"} & {*(args.task or [])}),
         "--classify has a side encoder with all layers: leave --keep, --side, --init distill out":
             args.classify and (args.keep or args.side != "ladder" or args.init == "distill"),
-        f"--method {args.method} --dtype {args.dtype}: 4 bits are for lst, and what qlora has":
-            (args.dtype == "nf4") > (args.method in ("lst", "qlora")) or
-            args.method == "qlora" and args.dtype != "nf4",
+        f"--method {args.method} --dtype {args.dtype}: 4 bits are for lst on texts, and what qlora "
+        "has": args.dtype == "nf4" and (pictures or args.method not in ("lst", "qlora"))
+            or args.method == "qlora" and args.dtype != "nf4",
+        "--dtype fp16 overflows: use bf16": lm and args.dtype == "fp16",
         "--method qlora is for a decoder-only --model": args.method == "qlora" and not lm,
         f"a decoder-only --model learns texts by lst or qlora, not by {args.method}":
             lm and training and (pictures or args.method not in ("lst", "qlora")),
@@ -204,8 +207,8 @@ def check(parser: Parser, args: argparse.Namespace, given: list[str]) -> None:
         "folder": lm and args.method == "lst" and fixed,
         "--checkpoint computes side blocks again in float32: leave --side-dtype bf16 out":
             args.checkpoint and args.side_dtype == "bf16",
-        "--free is for --side ladder, without --classify":
-            args.free > 0 and (args.side != "ladder" or args.classify),
+        "--free is for --side ladder, without --classify and --init distill": args.free > 0 and (
+            args.side != "ladder" or args.classify or args.init == "distill"),
         f"--init {args.init!r} is no folder; choose from {', '.join(INITS)}, or name a run's":
             args.init not in INITS and not (args.resume or os.path.isdir(args.init)),
     }

@@ -5,7 +5,7 @@
 """
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from data import Dataset, Example, Task, refuse_many, rows_of, split
@@ -43,13 +43,15 @@ class Pairs(Task):
     def lengths(self, dataset: Dataset, tokenizer: Tokenizer) -> dict[str, int]:
         """Return how long answers may be in tokens: as the longest target of training, at least 20;
         how many texts are cut, and how many targets of the test the tokenizer cannot write."""
-        every = [example[:2] for example in (*dataset.train, *dataset.val, *dataset.test)]
-        sources, targets = ([tokenizer.encode(text) for text in texts] for texts in zip(*every))
-        sizes = [len(ids) + 1 for ids in (*targets, *sources)]  # with the end token
-        written = [tokenizer.decode(ids).strip() for ids in targets[-len(dataset.test):]]
-        return {"max_new_tokens": max(20, min(max(sizes[:len(dataset.train)]), self.max_length)),
+        parts = {name: getattr(dataset, name) for name in ("train", "val", "test")}
+        rows = {name: replace(self, max_length=10**9).encode(part, tokenizer)
+                for name, part in parts.items()}
+        sizes = [len(ids) for part in rows.values() for row in part for ids in row[:2]]
+        longest = max(len(row.target) for row in rows["train"])
+        written = [tokenizer.decode(row.target[:self.max_length]) for row in rows["test"]]
+        return {"max_new_tokens": max(20, min(longest, self.max_length)),
                 "cut_texts": sum(size > self.max_length for size in sizes),
-                "altered_targets": sum(text != example.target.strip()
+                "altered_targets": sum(text.strip() != example.target.strip()
                                        for text, example in zip(written, dataset.test))}
 
     def score(self, texts: Sequence[str], examples: Sequence[Example], prompts: str) -> dict:
@@ -59,6 +61,8 @@ class Pairs(Task):
         return {"exact_match": exact, "score": exact, "invalid": 0, "undefined": 0}
 
     def ask(self, text: str, prompts: str) -> Example:
+        if not text.strip():
+            raise ValueError("the text is empty: write what is to be continued")
         return Example(text, "", 0)
 
     def read(self, text: str, prompts: str) -> tuple[None, str]:

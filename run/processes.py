@@ -35,7 +35,9 @@ def world_size() -> int:
 
 def wrap(model: nn.Module) -> nn.Module:
     """The model with the first process's weights, whose backward averages over all processes."""
-    return DistributedDataParallel(model) if dist.is_initialized() else model
+    if not dist.is_initialized():
+        return model
+    return DistributedDataParallel(model, forward_sync_buffers=False)  # NF4 weights are buffers
 
 
 def no_sync(model: nn.Module) -> contextlib.AbstractContextManager:

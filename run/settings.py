@@ -79,6 +79,11 @@ def load_data(args: argparse.Namespace) -> dict[str, Dataset]:
     if args.task == OWN.name:
         own = replace(OWN, max_length=args.max_length)
         vars(args).update(own.lengths(datasets[OWN.name], load_tokenizer(args.model)))
+        most = getattr(config, "max_position_embeddings", math.inf)  # a T5 has no limit
+        if args.max_length + args.max_new_tokens > most:
+            raise ValueError(f"--max-length {args.max_length} and an answer of "
+                             f"{args.max_new_tokens} tokens are more than the {most} that "
+                             f"{args.model} reads: give a smaller --max-length")
     if args.accumulate > args.batch_size:
         raise ValueError(f"--accumulate {args.accumulate} is more than the {args.batch_size} rows")
     if args.method == "lst":
@@ -88,7 +93,8 @@ def load_data(args: argparse.Namespace) -> dict[str, Dataset]:
             shape = ("r", "keep", "free", "side", "classify", "end")
             if any(start[name] != getattr(args, name) for name in shape):
                 had = f"--r {start['r']} --keep {start['keep'] or 'all'} --side {start['side']}"
-                had += " --classify" * start["classify"] + f" --free {start['free']}"
+                had += " --classify" * start["classify"]
+                had += f" --free {start['free']} --end {start['end']}"
                 raise ValueError(f"the side network in {args.init} has {had}: it does not fit, "
                                  "give the same")
     return datasets
@@ -139,6 +145,7 @@ def states_of(args: argparse.Namespace, ladder: nn.Module, rows: Rows, answered:
         kept = distinct(rows, {} if decoder_only(args.model) else answered)
         if decoder_only(args.model):  # what it reads in training: prompt and answer as one text
             kept = [row._replace(source=row.source + row.target[:-1]) for row in kept]
+            kept.sort(key=lambda row: len(row.source))
         shared[args.task] = States(ladder, kept, args.cache, Path(args.out))
     return shared[args.task] if args.cache else None
 
@@ -184,9 +191,11 @@ def announce(args: argparse.Namespace, model: nn.Module, datasets: dict[str, Dat
            f"{args.task} ({results['data']}): {rows['train']:,} training, {rows['val']:,} "
            f"validation, {rows['test']:,} test rows"
            + f", {results['skipped_rows']} skipped" * (results["skipped_rows"] > 0))
-    if args.task == OWN.name:
-        print0(f"{args.cut_texts} texts are cut to {args.max_length} tokens, the tokenizer cannot "
-               f"write {args.altered_targets} test targets")
+    if getattr(args, "cut_texts", 0):
+        print0(f"{args.cut_texts} texts are cut to {args.max_length} tokens")
+    if getattr(args, "altered_targets", 0):
+        print0(f"no answer can match {args.altered_targets} test targets: the tokenizer cannot "
+               "write them, or they are cut")
     print0(f"{args.epochs} epoch{'s' * (args.epochs > 1)}, {args.steps} steps of {args.batch_size} "
            f"rows, peak learning rate {args.lr:g} after {args.warmup_steps} steps\n"
            f"seed {args.seed}, {report.hardware(args.device)}"

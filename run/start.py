@@ -18,7 +18,7 @@ def initialize(ladder: LadderT5, args: argparse.Namespace, rows: Rows,
     from a distilled network (Sec. 2.2), another run's, or random weights, as --init says."""
     frozen, device = ladder.backbone, args.device
     if args.dtype == "nf4" and args.init in ("magnitude", "fisher"):
-        ladder.backbone, device = load_t5(args.model), "cpu"  # the full weights, for a moment
+        ladder.backbone, device = load_t5(args.model), "cpu"  # the full weights, until it is pruned
     if args.init == "magnitude":
         prune.init_side(ladder, prune.magnitude(ladder.backbone), args.prune)
     elif args.init == "fisher":

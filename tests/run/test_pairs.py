@@ -83,7 +83,7 @@ def test_lengths_are_counted_with_the_end_token():
     examples = [Example(*pair, 0) for pair in pairs]
     dataset = SimpleNamespace(train=examples[:2], val=[], test=examples[2:])
     assert task.lengths(dataset, LETTERS) == {
-        "max_new_tokens": 25, "cut_texts": 2, "altered_targets": 2}
+        "max_new_tokens": 25, "cut_texts": 2, "altered_targets": 3}
     rows = task.encode(examples, LETTERS)
     assert [len(row.source) for row in rows[:2]] == [26, 26] and rows[-1].target == [116] * 25 + [1]
     dataset.train = [examples[-1]]  # is cut itself
@@ -129,7 +129,7 @@ def test_cut_texts_are_counted_and_reported(own, monkeypatch, capsys):
     sizes = [ids.size(1) for _, batch in batches for ids in (batch.source_ids, batch.labels)]
     assert len(batches) == 1 + 1 + 2 and set(sizes) == {3}, "a step, validation, test"
     count = results["config"]["cut_texts"]
-    assert count > 0 and f"\n{count} texts are cut to 3 tokens, " in said
+    assert count > 0 and f"\n{count} texts are cut to 3 tokens\n" in said
 
 
 def test_space_around_an_answer_does_not_count():
