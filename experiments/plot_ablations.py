@@ -60,7 +60,7 @@ def draw(file: Path, title: str, lines: list[tuple[str, list[tuple]]]) -> None:
         line = " L".join(f"{x:.1f} {y:.1f}" for x, y, _, _ in places)
         parts.append(stroke(f"c{i}", f"M{line}"))
         for number, (x, y, spread, label) in enumerate(places):
-            parts += [stroke(f"c{i}", f"M{x:.1f} {y - spread:.1f} V{y + spread:.1f}"),
+            parts += [stroke(f"c{i}", f"M{x:.1f} {y - spread:.1f} V{min(y + spread, BOTTOM):.1f}"),
                       stroke(f"c{i}", f"M{x - 4:.1f} {y:.1f} l4 -4 l4 4 l-4 4 z"),
                       text(x + 7, y + (16 if number % 2 else -6), label)]
     save(file, title, [name for name, _ in lines], parts, BOTTOM + 44)
