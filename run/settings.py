@@ -63,7 +63,7 @@ def check_ladder(config: T5Config | LlamaConfig, r: int, keep: Collection[int] |
     good = [n for n in range(1, min(widths) + 1) if not any(width % n for width in widths)]
     if r not in good:
         raise ValueError(f"r is {r}, but it must divide {names}: choose from {good}")
-    if keep and max(keep) >= num_layers:
+    if keep and not set(keep) <= set(range(num_layers)):
         raise ValueError(f"keep is {[*keep]}, but the backbone's layers are 0 to {num_layers - 1}")
 
 

@@ -27,8 +27,9 @@ def test_every_variant_is_in_a_figure_and_commands_differ():
 def test_a_frozen_encoder_and_dropped_rungs_lower_a_rows_bytes(glue):
     def peak(**changes):
         config = dict(task="sst2", model="nano", prompts="paper", method="lst", side="ladder", r=8,
-                      keep=None, freeze=0, size=None, classify=False, as_authors=False, seed=0,
-                      dtype="fp32", checkpoint=False, dropout=None, batch_size=4, max_train_rows=32)
+                      keep=None, free=0, freeze=0, size=None, classify=False, as_authors=False,
+                      seed=0, dtype="fp32", checkpoint=False, dropout=None, batch_size=4,
+                      max_train_rows=32)
         return ablations.accounted(config | changes, str(glue))["peak"]
 
     lora, ladder = dict(method="lora"), peak()

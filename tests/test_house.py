@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 BUDGETS = {  # lines at most, blank ones and comments included
     "model.py": 680, "side.py": 200, "prune.py": 170, "data.py": 300, "train.py": 260,
     "bench_memory.py": 411, "methods": 572, "vision": 1000, "llm": 586, "memory": 800, "run": 1917,
-    "exercises": 900, "tests": 9089,
+    "exercises": 900, "tests": 9090,
 }
 SIX = {name for name in BUDGETS if name.endswith(".py")}
 LAYERS = [  # a module imports from its own layer, without cycles, and from the ones above it here
