@@ -69,8 +69,7 @@ def check_ladder(config: T5Config | LlamaConfig, r: int, keep: Collection[int] |
 
 def load_data(args: argparse.Namespace) -> dict[str, Dataset]:
     """Each task's data, with which the options are complete: they are filled in and checked."""
-    config = config_of(args.model)
-    load_tokenizer(args.model)
+    config, tokenizer = config_of(args.model), load_tokenizer(args.model)
     datasets = {}
     for name in args.task.split("+"):
         dataset = TASKS[name].load(args.data, args.prompts)
@@ -78,7 +77,7 @@ def load_data(args: argparse.Namespace) -> dict[str, Dataset]:
     fill_defaults(args, datasets)
     if args.task == OWN.name:
         own = replace(OWN, max_length=args.max_length)
-        vars(args).update(own.lengths(datasets[OWN.name], load_tokenizer(args.model)))
+        vars(args).update(own.lengths(datasets[OWN.name], tokenizer))
         most = getattr(config, "max_position_embeddings", math.inf)  # a T5 has no limit
         if args.max_length + args.max_new_tokens > most:
             raise ValueError(f"--max-length {args.max_length} and an answer of "
