@@ -16,7 +16,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -48,7 +47,7 @@ def step_of(model: str, name: str) -> Callable[[], None]:
 
     def step() -> None:
         logits = net(ids[:, :-1], mask)  # (B, S, V)
-        F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten()).backward()
+        kernels.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).mean().backward()
         nn.utils.clip_grad_norm_(learned, 1.0)
         optimizer.step()
         optimizer.zero_grad()

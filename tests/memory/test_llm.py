@@ -80,8 +80,8 @@ def test_xladder_keeps_less_than_the_full_ladder_and_both_less_than_qlora():
 
 @pytest.mark.parametrize("method, more", [("lst", NF4), ("qlora", dict(dtype="nf4"))])
 def test_only_labelled_positions_reach_the_head(method, more):
-    assert largest(case(method, T=3, S=200, **more)) < 200 * V * 2 < 200 * V * 4 <= largest(
-        case(method, S=200, **more))
+    few, every = largest(case(method, T=3, S=200, **more)), largest(case(method, S=200, **more))
+    assert few < 200 * V * 2 <= every < 200 * V * 4  # and never all of them in float32
 
 
 @pytest.mark.parametrize("method, more", [
@@ -171,9 +171,9 @@ def llama_2(method, **changes):
 def test_a_7b_needs_what_docs_llm_md_says():  # GB of 10^9 bytes
     upper = dict(keep=tuple(range(16, 32)), free=16)
     for one, peak in (
-            (llama_2("lst", dtype="nf4", side_dtype="fp32"), 7.90), (llama_2("lst", **NF4), 6.73),
-            (llama_2("lst", **NF4, **upper), 6.23), (llama_2("qlora", dtype="nf4"), 17.56),
-            (llama_2("qlora", dtype="nf4", checkpoint=True), 7.13)):
+            (llama_2("lst", dtype="nf4", side_dtype="fp32"), 7.76), (llama_2("lst", **NF4), 6.09),
+            (llama_2("lst", **NF4, **upper), 5.59), (llama_2("qlora", dtype="nf4"), 17.05),
+            (llama_2("qlora", dtype="nf4", checkpoint=True), 7.05)):
         assert one["peak"] / 10**9 == pytest.approx(peak, abs=0.01)
 
 

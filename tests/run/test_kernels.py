@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from model import T5, Attention, T5Config
-from run.kernels import DroppedSoftmax, FastDropout, install
+from run.kernels import CrossEntropy, DroppedSoftmax, FastDropout, cross_entropy, install
 
 SIZES = dict(vocab_size=40, d_model=16, d_kv=4, d_ff=24, num_layers=2, num_heads=4)
 
@@ -41,6 +41,30 @@ def test_dropped_softmax_has_the_gradient_of_dropout_after_softmax():
         found.append((output, *torch.autograd.grad((output * weight).sum(), scores)))
     assert (found[0][0] == 0).any() and torch.equal(found[0][0], found[1][0])
     torch.testing.assert_close(found[0][1], found[1][1], atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("dtype, off", [(torch.float64, 1e-6), (torch.bfloat16, 2**-8)])
+def test_cross_entropy_by_parts_is_that_of_all_logits_in_float32(dtype, off):
+    logits, labels = 4 * torch.randn(70, 11, dtype=dtype), torch.arange(70) % 11
+    labels[[3, 40]] = -100
+    weights, found = torch.randn(70), []
+    for run in (cross_entropy, lambda x, y: F.cross_entropy(x.float(), y, reduction="none")):
+        leaf = logits.clone().requires_grad_()
+        loss = run(leaf * 1, labels)
+        (loss @ weights).backward()
+        found.append((loss, leaf.grad.float()))
+    torch.testing.assert_close(found[0][0], found[1][0])
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=2 * off, atol=1e-7)
+    assert (found[0][1][labels < 0] == 0).all() and found[0][1].any(1).sum() == 68
+
+
+@pytest.mark.parametrize("how", [dict(create_graph=True), dict(retain_graph=True)])
+def test_a_second_gradient_of_cross_entropy_by_parts_is_an_error(how):
+    leaf = torch.randn(3, 5, requires_grad=True)
+    loss = CrossEntropy.apply(leaf * 1, torch.arange(3)).sum()
+    with pytest.raises(RuntimeError, match="no second derivative|modified by an inplace"):
+        for _ in range(2):
+            torch.autograd.grad(loss, leaf, **how)
 
 
 @pytest.mark.parametrize("attention", ["eager", "fused"])
