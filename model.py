@@ -323,23 +323,25 @@ class Stack(nn.Module):
 # ---------------------------------------------------------------------- part 1: model, generation
 
 class Generates:
-    """Generation for whatever has `start` and `step`: T5 and LadderT5."""
+    """Generation for whatever has `start` and `step`: T5 and LadderT5; llm/'s models."""
+
+    pad, eos = PAD, EOS
 
     @torch.no_grad()
     def generate(self, source_ids: Tensor, source_mask: Tensor, max_new_tokens: int = 20,
                  num_beams: int = 1, images: Tensor | None = None) -> Tensor:
-        """Greedy or beam search -> (B, <= max_new_tokens) ids; no start token, PAD at the end."""
+        """Greedy or beam search -> (B, <= max_new_tokens) ids; no start token, `pad` at the end."""
         state, B = self.start(source_ids, source_mask, images), len(source_ids)
         if num_beams > 1:
             state.repeat(num_beams)
             return beam_search(lambda ids: self.step(ids, state), state.reorder, B, num_beams,
-                               max_new_tokens, source_ids.device, PAD, EOS)
-        last = source_ids.new_full((B, 1), PAD)
+                               max_new_tokens, source_ids.device, self.pad, self.eos)
+        last = source_ids.new_full((B, 1), self.pad)
         done, output = torch.zeros_like(last, dtype=torch.bool), []
         for _ in range(max_new_tokens):
             last = self.step(last, state).argmax(dim=-1, keepdim=True)  # (B, 1)
-            output.append(last := last.masked_fill(done, PAD))
-            done |= last == EOS
+            output.append(last := last.masked_fill(done, self.pad))
+            done |= last == self.eos
             if done.all():
                 break
         return torch.cat(output, dim=1)  # (B, T)
@@ -480,9 +482,7 @@ def rename(name: str, names: dict[str, str | None]) -> str | None:
 
 def locate(model: str | Path, filename: str) -> Path:
     """A backbone's file: of "nano", of a public name (downloaded once, checked), or of a folder."""
-    folder = Path(model).expanduser()
-    if model == "nano":
-        return NANO / filename
+    folder = NANO if model == "nano" else Path(model).expanduser()
     if folder.is_dir():
         return folder / filename
     for name, (repo, revision, weights) in PUBLIC.items():

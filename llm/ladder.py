@@ -12,6 +12,7 @@ from collections.abc import Collection
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -32,7 +33,7 @@ def side_config(config: LlamaConfig, r: int) -> LlamaConfig:
 class LadderLM(CausalLM):
     """A frozen Llama and the ladder side network beside it. Same forward and generate.
 
-    r, keep, free, rung: as LadderT5's. end: "sum" or "up", see `states`. Starts at random.
+    r, keep, free, rung: as LadderT5's. end: "sum" or "up", see `last_logits`. Starts at random.
     side_dtype: in which the side network computes; its parameters are float32.
     """
 
@@ -41,37 +42,29 @@ class LadderLM(CausalLM):
         super().__init__()
         self.config, self.narrow = backbone.config, side_config(backbone.config, r)
         self.r, self.end, self.side_dtype = r, end, side_dtype
-        D, d = self.config.hidden_size, self.narrow.hidden_size
-        layers = sorted(range(len(backbone.layers)) if keep is None else set(keep))
+        D, d, N = self.config.hidden_size, self.narrow.hidden_size, len(backbone.layers)
+        layers = sorted(range(N) if keep is None else set(keep))
         blocks = [Block(self.narrow) for _ in range(len(layers) + free)]
         norm = RMSNorm(d, self.config.rms_norm_eps)
         self.side = SideStack(blocks, norm, D, d, layers, rung, dropout, self.config.checkpoint)
-        self.up, last = nn.Linear(d, D), len(backbone.layers) - 1
-        self.side.reads = tuple(sorted({*layers, last} if end == "sum" else layers))
+        self.up = nn.Linear(d, D)
         if end == "sum":
+            self.side.reads = tuple(sorted({*layers, N - 1}))
             nn.init.zeros_(self.up.weight)
             nn.init.zeros_(self.up.bias)
         self.to(backbone.head.device)
-        self.backbone = backbone.requires_grad_(False).eval()
-        self.depths = [*backbone.depths, len(blocks)]
+        self.backbone = backbone.requires_grad_(False).eval()  # Llamas have no dropout
+        self.depths, self.pad, self.eos = [N, len(blocks)], backbone.pad, backbone.eos
 
-    def train(self, mode: bool = True) -> "LadderLM":
-        super().train(mode)
-        self.backbone.eval()
-        return self
-
-    @property
-    def head(self) -> Tensor:
-        return self.backbone.head
-
-    def hidden_states(self, ids: Tensor, mask: Tensor, cache: list[dict] | None = None) -> list:
+    def hidden_states(self, ids: Tensor, mask: Tensor, cache: list[dict] | None = None
+                      ) -> tuple[list]:
         """What rungs read: frozen word embeddings, then layers' outputs, (B, T, D) each."""
         with torch.no_grad():  # Sec. 3.1: autograd sees nothing of the backbone
-            return self.backbone.hidden_states(ids, mask, cache, self.side.reads)
+            return (self.backbone.hidden_states(ids, mask, cache, self.side.reads),)
 
-    def states(self, ids: Tensor, mask: Tensor, T: int, caches: list | None = None) -> Tensor:
+    def last_logits(self, ids: Tensor, mask: Tensor, T: int, caches: list | None = None) -> Tensor:
         backbone_cache, side_cache = caches or (None, None)
-        hidden = self.hidden_states(ids, mask, backbone_cache)
+        hidden, = self.hidden_states(ids, mask, backbone_cache)
         around = context(self.narrow, mask, ids.size(1), self.side_dtype)
         h_side = in_dtype(self.side, self.side_dtype, hidden, *around, cache=side_cache)
         h = in_dtype(self.up, self.side_dtype, h_side[:, -T:])  # (B, T, D)
@@ -80,7 +73,7 @@ class LadderLM(CausalLM):
             # backbone's end is added: training starts at the pretrained model. QST
             # (arXiv:2401.07159) meant that; its code starts with 0.73 of the backbone's end.
             h = self.backbone.norm(hidden[-1][:, -T:]) + h
-        return h.to(self.head.dtype)
+        return F.linear(h.to(self.backbone.head.dtype), self.backbone.head)
 
 
 def in_dtype(module: nn.Module, dtype: torch.dtype, *inputs, **more) -> Tensor:

@@ -1,6 +1,6 @@
 """Decoder-only models of Llama's layout (arXiv:2302.13971): also Mistral, SmolLM2 and Qwen2.
 
-    ids --> embed_tokens --> N layers --> norm --> head      Block (pre-norm, residual):
+    ids --> embed --> N layers --> norm --> head             Block (pre-norm, residual):
                                                              h + self-attention(norm(h))
                                                              h + feed-forward(norm(h))
 
@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llm.nf4 import quantize_
-from model import RMSNorm, call, new_cache, read_weights, weight_files
+from model import (Decoding, Generates, Memory, RMSNorm, cached_length, call, new_cache,
+                   read_weights, weight_files)
 from run.folder import read_json
 from run.hub import hub_file
 
@@ -141,8 +142,9 @@ def context(config: LlamaConfig, mask: Tensor, T: int, dtype: torch.dtype) -> tu
     return cos, sin, allowed & mask[:, None, None, :] | itself
 
 
-class CausalLM(nn.Module):
-    """What Llama and LadderLM have in common; each has `states`, `head` and `depths`."""
+class CausalLM(Generates, nn.Module):
+    """What Llama and LadderLM have in common. Each has `last_logits`, `depths` of its caches, and
+    `pad` and `eos`, both the end token."""
 
     def forward(self, source_ids: Tensor, source_mask: Tensor, decoder_ids: Tensor | None = None,
                 decoder_mask: Tensor | None = None, images: None = None) -> Tensor:
@@ -151,29 +153,25 @@ class CausalLM(nn.Module):
         decoder_ids have a T5's start token, which falls away: the text's last token predicts the
         first one that follows, without padding between them.
         """
-        ids, mask, T = source_ids, source_mask, source_ids.size(1)
-        if decoder_ids is not None:
-            if decoder_mask is None:
-                decoder_mask = torch.ones_like(decoder_ids, dtype=torch.bool)
-            ids, mask = move_right(ids, mask)
-            ids = torch.cat([ids, decoder_ids[:, 1:]], dim=1)  # (B, S + T - 1)
-            mask, T = torch.cat([mask, decoder_mask[:, 1:]], dim=1), decoder_ids.size(1)
-        return F.linear(self.states(ids, mask, T), self.head)  # only T positions reach the head
-
-    @torch.no_grad()
-    def generate(self, source_ids: Tensor, source_mask: Tensor, max_new_tokens: int = 20) -> Tensor:
-        """Greedy search -> (B, <= max_new_tokens) ids, filled up with the end token."""
+        if decoder_ids is None:
+            return self.last_logits(source_ids, source_mask, source_ids.size(1))
+        if decoder_mask is None:
+            decoder_mask = torch.ones_like(decoder_ids, dtype=torch.bool)
         ids, mask = move_right(source_ids, source_mask)
-        eos, output = self.config.eos_token_id, []
-        caches = [new_cache(depth) for depth in self.depths]
-        ended = torch.zeros_like(ids[:, :1], dtype=torch.bool)
-        while len(output) < max_new_tokens and not ended.all():
-            logits = F.linear(self.states(ids, mask, 1, caches), self.head)
-            ids = logits.argmax(dim=-1).masked_fill(ended, eos)  # (B, 1)
-            output.append(ids)
-            ended |= ids == eos
-            mask = F.pad(mask, (0, 1), value=True)
-        return torch.cat(output, dim=1)
+        ids = torch.cat([ids, decoder_ids[:, 1:]], dim=1)  # (B, S + T - 1)
+        mask = torch.cat([mask, decoder_mask[:, 1:]], dim=1)
+        return self.last_logits(ids, mask, decoder_ids.size(1))  # only T positions reach the head
+
+    def start(self, source_ids: Tensor, source_mask: Tensor, images: None = None) -> Decoding:
+        text = Memory(*move_right(source_ids, source_mask))
+        return Decoding([text], [new_cache(depth) for depth in self.depths])
+
+    def step(self, ids: Tensor, state: Decoding) -> Tensor:
+        """Feed the text, in place of a start token; then one more token (B, 1). -> logits (B, V)"""
+        (text, mask), past = state.memories[0], cached_length(state.caches[0])
+        ids = ids if past else text
+        mask = F.pad(mask, (0, past + ids.size(1) - text.size(1)), value=True)
+        return self.last_logits(ids, mask, 1, state.caches)[:, 0]
 
 
 def move_right(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -187,15 +185,16 @@ class Llama(CausalLM):
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.config, D, V = config, config.hidden_size, config.vocab_size
-        self.embed_tokens = nn.Embedding(V, D)
+        self.embed = nn.Embedding(V, D)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(D, config.rms_norm_eps)
         self.lm_head = None if config.tie_word_embeddings else nn.Linear(D, V, bias=False)
-        self.depths = [config.num_hidden_layers]  # of caches
+        self.depths = [config.num_hidden_layers]
+        self.pad = self.eos = config.eos_token_id
 
     @property
     def head(self) -> Tensor:
-        return (self.lm_head or self.embed_tokens).weight  # (V, D)
+        return (self.lm_head or self.embed).weight  # (V, D)
 
     def hidden_states(self, ids: Tensor, mask: Tensor, cache: list[dict] | None = None,
                       keep: Collection[int] = ()) -> list[Tensor | None]:
@@ -204,7 +203,7 @@ class Llama(CausalLM):
         mask (B, S) is also about those in the cache. None: `keep` does not name the 0-based layer,
         and it is not the last.
         """
-        h, most = self.embed_tokens(ids), self.config.max_position_embeddings
+        h, most = self.embed(ids), self.config.max_position_embeddings
         if mask.size(1) > most:
             raise ValueError(f"{mask.size(1)} tokens: this model reads {most}, shorten the text")
         hidden, around = [h], context(self.config, mask, ids.size(1), h.dtype)
@@ -215,9 +214,10 @@ class Llama(CausalLM):
         hidden[-1] = h
         return hidden
 
-    def states(self, ids: Tensor, mask: Tensor, T: int, caches: list | None = None) -> Tensor:
-        """What the head reads at the last T positions, (B, T, D)."""
-        return self.norm(self.hidden_states(ids, mask, caches and caches[0])[-1][:, -T:])
+    def last_logits(self, ids: Tensor, mask: Tensor, T: int, caches: list | None = None) -> Tensor:
+        """Logits of the last T positions, (B, T, V)."""
+        hidden = self.hidden_states(ids, mask, caches and caches[0])
+        return F.linear(self.norm(hidden[-1][:, -T:]), self.head)
 
 
 PUBLIC = read_json(Path(__file__).with_name("public.json"))  # name: repository, revision, hashes
@@ -245,8 +245,8 @@ def load_llm(model: str | Path, device: str | torch.device = "cpu", dtype=torch.
     folder = locate(model)
     with torch.device("meta"):
         llama = Llama(LlamaConfig.from_json(folder / "config.json", checkpoint))
-    weights = {name.removeprefix("model."): weight for name, weight in
-               read_weights(weight_files(folder)).items() if not name.endswith("inv_freq")}
+    weights = {name.removeprefix("model.").replace("embed_tokens", "embed"): weight for name, weight
+               in read_weights(weight_files(folder)).items() if not name.endswith("inv_freq")}
     if llama.lm_head is None:
         weights.pop("lm_head.weight", None)  # a copy of the embedding
     try:
@@ -256,7 +256,7 @@ def load_llm(model: str | Path, device: str | torch.device = "cpu", dtype=torch.
         raise ValueError(f"the weights of {model} do not fit its config.json: {line}") from None
     # So far they are mapped from the disk. One layer is read and quantised after the other: a 7B
     # never stands in memory at full precision.
-    for part in filter(None, (llama.embed_tokens, *llama.layers, llama.norm, llama.lm_head)):
+    for part in filter(None, (llama.embed, *llama.layers, llama.norm, llama.lm_head)):
         part.to(device, dtype)
         if nf4 and isinstance(part, Block):
             quantize_(part)

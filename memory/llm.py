@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from llm import LadderLM, Llama, LlamaConfig, nf4, quantize_
@@ -16,7 +15,6 @@ from llm.ladder import side_config
 from memory import account, stories
 from memory.environment import environment
 from methods.qlora import QLoRA, add_qlora
-from model import new_cache
 
 GB = 10**9
 SIZES = {  # V, D, intermediate_size, layers, H, G, K of the public models
@@ -111,10 +109,9 @@ def inference(net: nn.Module, S: int) -> int:
     ids, mask = torch.zeros(1, S, dtype=torch.long), torch.ones(1, S, dtype=torch.bool)
     weights = [*net.eval().parameters(), *net.buffers()]
     with torch.no_grad(), environment(), account.Live([*weights, ids, mask]) as live:
-        caches = [new_cache(depth) for depth in net.depths]
+        state = net.start(ids, mask)
         for _ in range(2):
-            F.linear(net.states(ids, mask, 1, caches), net.head)
-            ids, mask = ids[:, :1], F.pad(mask, (0, 1), value=True)
+            net.step(ids[:, :1], state)
     return account.bytes_of(weights) + live.most
 
 

@@ -71,7 +71,7 @@ def test_no_gradient_and_no_saved_tensor_is_inside_the_backbone(nf4):
         assert (p.grad is not None and bool(p.grad.any())) == p.requires_grad, name
         assert p.requires_grad != name.startswith("backbone."), name
     net.backbone.layers.requires_grad_(True)  # autograd would not see even these
-    assert not net.hidden_states(ids, mask)[-1].requires_grad
+    assert not net.hidden_states(ids, mask)[0][-1].requires_grad
 
 
 def test_padding_changes_nothing_and_generation_equals_whole_texts():
