@@ -54,7 +54,7 @@ class LadderLM(CausalLM):
             nn.init.zeros_(self.up.bias)
         self.to(backbone.head.device)
         self.backbone = backbone.requires_grad_(False).eval()  # Llamas have no dropout
-        self.depths, self.pad, self.eos = [N, len(blocks)], backbone.pad, backbone.eos
+        self.depths = [N, len(blocks)]
 
     def hidden_states(self, ids: Tensor, mask: Tensor, cache: list[dict] | None = None
                       ) -> tuple[list]:

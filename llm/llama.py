@@ -46,13 +46,12 @@ class LlamaConfig:
     @classmethod
     def from_json(cls, path: Path, checkpoint: bool = False) -> "LlamaConfig":
         """Read a public config.json. ValueError: it asks for what is not written here."""
-        raw = read_json(path)
-        raw |= raw.get("rope_parameters") or {}  # so new files have it
+        raw = {name: value for name, value in read_json(path).items() if value is not None}
+        raw |= raw.get("rope_parameters", {})  # so new files have it
         for name, values in SUPPORTED.items():
             if raw.get(name, values[0]) not in values:
                 raise ValueError(f"{path}: {name} {raw[name]!s:.60} is not written here, "
                                  f"only {' '.join(map(str, values))}")
-        raw = {name: value for name, value in raw.items() if value is not None}
         H, D = raw.get("num_attention_heads", 1), raw.get("hidden_size", 0)
         raw = {"num_key_value_heads": H, "head_dim": D // H, **raw, "checkpoint": checkpoint,
                "qkv_bias": raw.get("model_type") == "qwen2"}
@@ -121,8 +120,7 @@ class Block(nn.Module):
         self.mlp = FeedForward(config)
 
     def forward(self, h: Tensor, cache: dict | None, *context) -> Tensor:
-        cache = None if cache is None else cache["self"]
-        h = h + self.self_attn(self.input_layernorm(h), cache, *context)
+        h = h + self.self_attn(self.input_layernorm(h), cache and cache["self"], *context)
         return h + self.mlp(self.post_attention_layernorm(h))
 
 
@@ -143,8 +141,9 @@ def context(config: LlamaConfig, mask: Tensor, T: int, dtype: torch.dtype) -> tu
 
 
 class CausalLM(Generates, nn.Module):
-    """What Llama and LadderLM have in common. Each has `last_logits`, `depths` of its caches, and
-    `pad` and `eos`, both the end token."""
+    """What Llama and LadderLM have in common; each has `last_logits` and the `depths` of caches."""
+
+    pad = eos = property(lambda self: self.config.eos_token_id)
 
     def forward(self, source_ids: Tensor, source_mask: Tensor, decoder_ids: Tensor | None = None,
                 decoder_mask: Tensor | None = None, images: None = None) -> Tensor:
@@ -190,7 +189,6 @@ class Llama(CausalLM):
         self.norm = RMSNorm(D, config.rms_norm_eps)
         self.lm_head = None if config.tie_word_embeddings else nn.Linear(D, V, bias=False)
         self.depths = [config.num_hidden_layers]
-        self.pad = self.eos = config.eos_token_id
 
     @property
     def head(self) -> Tensor:
@@ -221,16 +219,16 @@ class Llama(CausalLM):
 
 
 PUBLIC = read_json(Path(__file__).with_name("public.json"))  # name: repository, revision, hashes
-NAMES = {*PUBLIC, *(public["repo"] for public in PUBLIC.values())}
+NAMES = PUBLIC | {public["repo"]: public for public in PUBLIC.values()}
 
 
 def locate(model: str | Path) -> Path:
     """A folder as it is; of a public name the hub cache's, where each file is downloaded once."""
     folder = Path(model).expanduser()
-    for name, public in PUBLIC.items():
-        if model in (name, public["repo"]) and not folder.is_dir():
-            for file, sha256 in public["sha256"].items():
-                folder = hub_file(public["repo"], file, public["revision"], sha256).parent
+    if model in NAMES and not folder.is_dir():
+        public = NAMES[model]
+        for file, sha256 in public["sha256"].items():
+            folder = hub_file(public["repo"], file, public["revision"], sha256).parent
     if not folder.is_dir():
         raise ValueError(f"model {str(model)!r} is neither a folder nor {', '.join(PUBLIC)}")
     return folder

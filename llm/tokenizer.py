@@ -6,8 +6,9 @@ looks like a special token is text. Decoding stops at the end token.
 """
 import json
 import re
-import unicodedata
+from collections.abc import Iterator
 from functools import lru_cache
+from itertools import groupby
 from pathlib import Path
 
 from sentencepiece import SentencePieceProcessor
@@ -60,10 +61,7 @@ class BytePairs:
     def merge(self, word: str) -> list[str]:
         """Join the pair of neighbours that was learned first, until none of them was learned."""
         parts = [LETTERS[byte] for byte in word.encode()]
-        while True:
-            learned = [pair for pair in zip(parts, parts[1:]) if pair in self.rank]
-            if not learned:
-                return parts
+        while learned := [pair for pair in zip(parts, parts[1:]) if pair in self.rank]:
             first, joined = min(learned, key=self.rank.get), []
             for part in parts:
                 if joined and (joined[-1], part) == first:
@@ -71,6 +69,7 @@ class BytePairs:
                 else:
                     joined.append(part)
             parts = joined
+        return parts
 
     def decode(self, ids: list[int]) -> str:
         letters = "".join(self.parts.get(i, "") for i in until(self.eos, ids))
@@ -81,27 +80,15 @@ LETTERS = {byte: chr(byte) for byte in [*range(33, 127), *range(161, 173), *rang
 for byte in sorted(set(range(256)) - LETTERS.keys()):  # GPT-2 has a printable letter for each byte
     LETTERS[byte] = chr(256 + len(LETTERS) - 188)
 BYTES = {letter: byte for byte, letter in LETTERS.items()}
-# GPT-2's pattern asks for Unicode's letters and numbers, which `re` does not know. So it runs over
-# the kinds of the characters: L letter, N number, b blank, s other space, o other.
-ENDING = re.compile("'(?:s|t|re|ve|m|ll|d)")
-WORD = re.compile("N|b?L+|b?o+|[bs]+(?![^bsN])|[bs]+")
+# GPT-2's pattern, between numbers. To `re` also _ is a letter, and four control signs are space.
+SPACE, SIGN = r"[^\S\x1c-\x1f]", r"(?:[^\w\s]|[_\x1c-\x1f])"
+WORD = re.compile(rf"'(?:s|t|re|ve|m|ll|d)| ?[^\W_]+| ?{SIGN}+|{SPACE}+(?![\S\x1c-\x1f])|{SPACE}+")
 
 
-def words(text: str) -> list[str]:
-    """Cut a text into words with a blank before them, endings ('s), numbers, signs and spaces."""
-    kinds, found, i = "".join(map(kind, text)), [], 0
-    while i < len(text):
-        end = (ENDING.match(text, i) or WORD.match(kinds, i)).end()
-        found.append(text[i:end])
-        i = end
-    return found
-
-
-def kind(character: str) -> str:
-    if character.isspace() and character not in "\x1c\x1d\x1e\x1f":  # no spaces to Unicode
-        return "b" if character == " " else "s"
-    category = unicodedata.category(character)[0]
-    return category if category in "LN" else "o"
+def words(text: str) -> Iterator[str]:
+    """Cut a text into words with a blank before them, endings ('s), digits, signs and spaces."""
+    for numbers, part in groupby(text, lambda letter: letter.isnumeric() and not letter.isalpha()):
+        yield from part if numbers else WORD.findall("".join(part))
 
 
 def until(eos: int, ids: list[int]) -> list[int]:
@@ -114,13 +101,7 @@ def file_of(folder: Path) -> Path:
 
 
 def load_tokenizer(model: str | Path) -> SentencePieces | BytePairs:
-    """The tokenizer of a folder or of a public name. ValueError: it does not fit config.json."""
+    """The tokenizer of a folder or of a public name."""
     folder = locate(model)
-    config = LlamaConfig.from_json(folder / "config.json")
-    path = file_of(folder)
-    kind = SentencePieces if path.suffix == ".model" else BytePairs
-    tokenizer = kind(path, config.eos_token_id)
-    if not 0 <= config.vocab_size - tokenizer.vocab_size < 128:  # rows may be spare
-        raise ValueError(f"{model}: the tokenizer has {tokenizer.vocab_size} words, config.json "
-                         f"says {config.vocab_size}: they do not belong together")
-    return tokenizer
+    path, eos = file_of(folder), LlamaConfig.from_json(folder / "config.json").eos_token_id
+    return SentencePieces(path, eos) if path.suffix == ".model" else BytePairs(path, eos)

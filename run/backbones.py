@@ -35,12 +35,11 @@ def config_of(model: str | Path) -> T5Config | LlamaConfig:
 
 def load_tokenizer(model: str | Path):
     """ValueError: the tokenizer does not fit config.json."""
-    if decoder_only(model):
-        return llm.tokenizer.load_tokenizer(model)
-    tokenizer, V = t5.load_tokenizer(model), config_of(model).vocab_size
-    if not 0 <= V - tokenizer.vocab_size < 128:  # T5 has 28 spare rows
-        raise ValueError(f"{model}: spiece.model does not fit config.json's vocab_size {V}: they "
-                         "do not belong together")
+    file, module = ("tokenizer", llm.tokenizer) if decoder_only(model) else ("spiece.model", t5)
+    tokenizer, V = module.load_tokenizer(model), config_of(model).vocab_size
+    if not 0 <= V - tokenizer.vocab_size < 128:  # rows may be spare: T5 has 28
+        raise ValueError(f"{model}: the {file} has {tokenizer.vocab_size} words, config.json's "
+                         f"vocab_size is {V}: they do not belong together")
     return tokenizer
 
 
@@ -49,8 +48,7 @@ def files_of(model: str | Path) -> list[Path]:
     if decoder_only(model):
         folder = llm.llama.locate(model)
         return [folder / "config.json", llm.tokenizer.file_of(folder), *weight_files(folder)]
-    named = [t5.locate(model, name) for name in ("config.json", "spiece.model")]
-    return named + weight_files(model)
+    return [t5.locate(model, "config.json"), t5.locate(model, "spiece.model"), *weight_files(model)]
 
 
 def load_backbone(model: str | Path, device: str, dtype: str, **options) -> T5:

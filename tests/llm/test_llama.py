@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llm import Llama, LlamaConfig, NF4Linear, load_llm, load_tokenizer
+from llm import Llama, LlamaConfig, NF4Linear, load_llm
+from run.backbones import load_tokenizer
 from tests.fixtures.make_llama import MODELS, expected, random_model
 from tests.workshop import one_line
 
