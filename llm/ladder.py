@@ -56,17 +56,19 @@ class LadderLM(CausalLM):
         self.backbone = backbone.requires_grad_(False).eval()  # Llamas have no dropout
         self.depths = [N, len(blocks)]
 
-    def hidden_states(self, ids: Tensor, mask: Tensor, cache: list[dict] | None = None
-                      ) -> tuple[list]:
+    def hidden_states(self, ids: Tensor, mask: Tensor) -> tuple[list]:
         """What rungs read: frozen word embeddings, then layers' outputs, (B, T, D) each."""
         with torch.no_grad():  # Sec. 3.1: autograd sees nothing of the backbone
-            return (self.backbone.hidden_states(ids, mask, cache, self.side.reads),)
+            return (self.backbone.hidden_states(ids, mask, keep=self.side.reads),)
 
     def last_logits(self, ids: Tensor, mask: Tensor, T: int, caches: list | None = None) -> Tensor:
-        backbone_cache, side_cache = caches or (None, None)
-        hidden, = self.hidden_states(ids, mask, backbone_cache)
+        if caches:
+            hidden = self.backbone.hidden_states(ids, mask, caches[0], self.side.reads)
+        else:
+            hidden, = self.hidden_states(ids, mask)
         around = context(self.narrow, mask, ids.size(1), self.side_dtype)
-        h_side = in_dtype(self.side, self.side_dtype, hidden, *around, cache=side_cache)
+        h_side = in_dtype(self.side, self.side_dtype, hidden, *around,
+                          cache=caches and caches[1])
         h = in_dtype(self.up, self.side_dtype, h_side[:, -T:])  # (B, T, D)
         if self.end == "sum":
             # Paper: LST's head reads up(h) only, as with "up". Here `up` starts at 0 and the

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from data import Row, collate
-from model import Memory
+from model import T5, Memory
 from run.report import Progress, print0
 from side import SideStack
 
@@ -54,9 +54,7 @@ class States:
     def write(self, ladder: nn.Module, rows: Sequence[Row]) -> None:
         stacks, device = stacks_of(ladder), next(ladder.parameters()).device
         batch = [tensor.to(device) for tensor in collate(rows)[: 2 * len(stacks)]]
-        hidden = ladder.hidden_states(*batch)
-        parts = zip(stacks, texts(*batch), hidden if len(stacks) > 1 else [hidden])
-        for stack, keys, hidden in parts:
+        for stack, keys, hidden in zip(stacks, texts(*batch), ladder.hidden_states(*batch)):
             for b, key in enumerate(keys):
                 if key not in self.places:
                     self.places[key] = self.file.tell()
@@ -95,17 +93,13 @@ def kept_states(ladder: nn.Module, states: States | None) -> Iterator[dict | Non
     if states is None:
         yield None
         return
-    backbone, compute, stacks = ladder.backbone, ladder.hidden_states, stacks_of(ladder)
-    embed = backbone.embed if len(stacks) > 1 else backbone.embed_tokens
+    backbone, compute, embed = ladder.backbone, ladder.hidden_states, ladder.backbone.embed
 
-    def hidden_states(*batch: Tensor) -> Sequence[list]:
-        pairs, generating = batch[: 2 * len(stacks)], any(batch[2 * len(stacks) :])
-        found = None if generating else [
-            states.read(keys, embed(ids), stack.reads, mask) for stack, keys, ids, mask in zip(
-                stacks, texts(*pairs), pairs[::2], pairs[1::2])]
-        if generating or not all(found):
-            return compute(*batch)
-        return found if len(stacks) > 1 else found[0]
+    def hidden_states(*batch: Tensor) -> tuple[list, ...]:
+        parts = zip(stacks_of(ladder), texts(*batch), batch[::2], batch[1::2])
+        found = [states.read(keys, embed(ids), stack.reads, mask)
+                 for stack, keys, ids, mask in parts]
+        return tuple(found) if all(found) else compute(*batch)
 
     def encode(ids: Tensor, mask: Tensor, images=None, keep=()) -> tuple[list, Memory]:
         hidden = states.read(*texts(ids, mask), embed(ids), keep, mask)
@@ -114,7 +108,7 @@ def kept_states(ladder: nn.Module, states: States | None) -> Iterator[dict | Non
         return hidden, Memory(backbone.encoder.finish(hidden[-1]), mask)
 
     ladder.hidden_states = hidden_states
-    if len(stacks) > 1 and backbone.config.num_layers - 1 in ladder.encoder.keep:
+    if isinstance(backbone, T5) and backbone.config.num_layers - 1 in ladder.encoder.keep:
         compute_encoder, backbone.encode = backbone.encode, encode  # the decoder reads its last
     try:
         yield states.about
