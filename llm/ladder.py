@@ -12,7 +12,6 @@ from collections.abc import Collection
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -52,7 +51,7 @@ class LadderLM(CausalLM):
             self.side.reads = tuple(sorted({*layers, N - 1}))
             nn.init.zeros_(self.up.weight)
             nn.init.zeros_(self.up.bias)
-        self.to(backbone.head.device)
+        self.to(backbone.embed.weight.device)
         self.backbone = backbone.requires_grad_(False).eval()  # Llamas have no dropout
         self.depths = [N, len(blocks)]
 
@@ -75,7 +74,7 @@ class LadderLM(CausalLM):
             # backbone's end is added: training starts at the pretrained model. QST
             # (arXiv:2401.07159) meant that; its code starts with 0.73 of the backbone's end.
             h = self.backbone.norm(hidden[-1][:, -T:]) + h
-        return F.linear(h.to(self.backbone.head.dtype), self.backbone.head)
+        return self.backbone.logits(h)
 
 
 def in_dtype(module: nn.Module, dtype: torch.dtype, *inputs, **more) -> Tensor:

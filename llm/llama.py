@@ -190,10 +190,6 @@ class Llama(CausalLM):
         self.lm_head = None if config.tie_word_embeddings else nn.Linear(D, V, bias=False)
         self.depths = [config.num_hidden_layers]
 
-    @property
-    def head(self) -> Tensor:
-        return (self.lm_head or self.embed).weight  # (V, D)
-
     def hidden_states(self, ids: Tensor, mask: Tensor, cache: list[dict] | None = None,
                       keep: Collection[int] = ()) -> list[Tensor | None]:
         """The embedded ids, then every layer's output, (B, T, D) each, before the last norm.
@@ -212,10 +208,14 @@ class Llama(CausalLM):
         hidden[-1] = h
         return hidden
 
+    def logits(self, h: Tensor) -> Tensor:
+        head = (self.lm_head or self.embed).weight  # (V, D)
+        return F.linear(h.to(head.dtype), head)
+
     def last_logits(self, ids: Tensor, mask: Tensor, T: int, caches: list | None = None) -> Tensor:
         """Logits of the last T positions, (B, T, V)."""
         hidden = self.hidden_states(ids, mask, caches and caches[0])
-        return F.linear(self.norm(hidden[-1][:, -T:]), self.head)
+        return self.logits(self.norm(hidden[-1][:, -T:]))
 
 
 PUBLIC = read_json(Path(__file__).with_name("public.json"))  # name: repository, revision, hashes

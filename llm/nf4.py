@@ -36,9 +36,9 @@ def blockwise(x: Tensor, code: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """The nearest values of `code` to x (n,) / absmax, as uint8 (n,); and each block's absmax."""
     blocks = F.pad(x, (0, -len(x) % size)).view(-1, size)
     absmax = blocks.abs().amax(dim=1)
-    scaled = (blocks * (1 / absmax.clamp(min=1e-38))[:, None]).clamp(-1, 1)
     middles = ((code[:-1] + code[1:]) / 2).to(x.device)
-    return torch.bucketize(scaled, middles).to(torch.uint8).flatten()[: len(x)], absmax
+    nearest = torch.bucketize(blocks * (1 / absmax.clamp(min=1e-38))[:, None], middles)
+    return nearest.to(torch.uint8).flatten()[: len(x)], absmax
 
 
 class NF4Linear(nn.Module):
@@ -82,8 +82,7 @@ class Product(torch.autograd.Function):
 
 
 def replace(net: nn.Module, kind: type, make) -> nn.Module:
-    """Put make(module) in the place of each module of this kind in a net's blocks, or in a block.
-    """
+    """Put make(module) in the place of each module of this kind in a net's blocks, or a block."""
     lists = [module for module in net.modules() if isinstance(module, nn.ModuleList)]
     for parent in [part for blocks in lists or [net] for part in blocks.modules()]:
         for name, child in list(parent.named_children()):

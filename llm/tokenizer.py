@@ -76,9 +76,9 @@ class BytePairs:
         return bytes(map(BYTES.get, letters)).decode(errors="replace")
 
 
+# GPT-2 has a printable letter for each byte.
 LETTERS = {byte: chr(byte) for byte in [*range(33, 127), *range(161, 173), *range(174, 256)]}
-for byte in sorted(set(range(256)) - LETTERS.keys()):  # GPT-2 has a printable letter for each byte
-    LETTERS[byte] = chr(256 + len(LETTERS) - 188)
+LETTERS |= {byte: chr(256 + i) for i, byte in enumerate(sorted({*range(256)} - LETTERS.keys()))}
 BYTES = {letter: byte for byte, letter in LETTERS.items()}
 # GPT-2's pattern, between numbers. To `re` also _ is a letter, and four control signs are space.
 SPACE, SIGN = r"[^\S\x1c-\x1f]", r"(?:[^\w\s]|[_\x1c-\x1f])"

@@ -96,10 +96,9 @@ def kept_states(ladder: nn.Module, states: States | None) -> Iterator[dict | Non
     backbone, compute, embed = ladder.backbone, ladder.hidden_states, ladder.backbone.embed
 
     def hidden_states(*batch: Tensor) -> tuple[list, ...]:
-        parts = zip(stacks_of(ladder), texts(*batch), batch[::2], batch[1::2])
-        found = [states.read(keys, embed(ids), stack.reads, mask)
-                 for stack, keys, ids, mask in parts]
-        return tuple(found) if all(found) else compute(*batch)
+        words, reads = map(embed, batch[::2]), [stack.reads for stack in stacks_of(ladder)]
+        found = tuple(map(states.read, texts(*batch), words, reads, batch[1::2]))
+        return found if all(found) else compute(*batch)
 
     def encode(ids: Tensor, mask: Tensor, images=None, keep=()) -> tuple[list, Memory]:
         hidden = states.read(*texts(ids, mask), embed(ids), keep, mask)
