@@ -32,7 +32,7 @@ def side_config(config: LlamaConfig, r: int) -> LlamaConfig:
 class LadderLM(CausalLM):
     """A frozen Llama and the ladder side network beside it. Same forward and generate.
 
-    r, keep, free, rung: as LadderT5's. end: "sum" or "up", see `last_logits`. Starts at random.
+    r, keep, free, rung: as LadderT5's. end: "sum" or "up", see `states`. Starts at random.
     side_dtype: in which the side network computes; its parameters are float32.
     """
 
@@ -60,20 +60,23 @@ class LadderLM(CausalLM):
         with torch.no_grad():  # Sec. 3.1: autograd sees nothing of the backbone
             return (self.backbone.hidden_states(ids, mask, keep=self.side.reads),)
 
-    def last_logits(self, ids: Tensor, mask: Tensor, T: int, caches: list | None = None) -> Tensor:
-        if caches:
-            hidden = self.backbone.hidden_states(ids, mask, caches[0], self.side.reads)
+    def states(self, ids: Tensor, mask: Tensor, T: int, caches=(None, None)) -> Tensor:
+        cache, side_cache = caches
+        if cache:
+            hidden = self.backbone.hidden_states(ids, mask, cache, self.side.reads)
         else:
             hidden, = self.hidden_states(ids, mask)
         around = context(self.narrow, mask, ids.size(1), self.side_dtype)
-        h_side = in_dtype(self.side, self.side_dtype, hidden, *around,
-                          cache=caches and caches[1])
+        h_side = in_dtype(self.side, self.side_dtype, hidden, *around, cache=side_cache)
         h = in_dtype(self.up, self.side_dtype, h_side[:, -T:])  # (B, T, D)
         if self.end == "sum":
             # Paper: LST's head reads up(h) only, as with "up". Here `up` starts at 0 and the
             # backbone's end is added: training starts at the pretrained model. QST
             # (arXiv:2401.07159) meant that; its code starts with 0.73 of the backbone's end.
             h = self.backbone.norm(hidden[-1][:, -T:]) + h
+        return h.to(self.backbone.embed.weight.dtype)
+
+    def logits(self, h: Tensor) -> Tensor:
         return self.backbone.logits(h)
 
 

@@ -6,7 +6,7 @@
 
 Letters as in model.py; T new positions of S in all; H query heads share the keys and values of G.
 """
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -141,7 +141,7 @@ def context(config: LlamaConfig, mask: Tensor, T: int, dtype: torch.dtype) -> tu
 
 
 class CausalLM(Generates, nn.Module):
-    """What Llama and LadderLM have in common; each has `last_logits` and the `depths` of caches."""
+    """What Llama and LadderLM have in common; each has `states`, `logits`, `depths` of caches."""
 
     pad = eos = property(lambda self: self.config.eos_token_id)
 
@@ -153,13 +153,13 @@ class CausalLM(Generates, nn.Module):
         first one that follows, without padding between them.
         """
         if decoder_ids is None:
-            return self.last_logits(source_ids, source_mask, source_ids.size(1))
+            return self.logits(self.states(source_ids, source_mask, source_ids.size(1)))
         if decoder_mask is None:
             decoder_mask = torch.ones_like(decoder_ids, dtype=torch.bool)
         ids, mask = move_right(source_ids, source_mask)
         ids = torch.cat([ids, decoder_ids[:, 1:]], dim=1)  # (B, S + T - 1)
         mask = torch.cat([mask, decoder_mask[:, 1:]], dim=1)
-        return self.last_logits(ids, mask, decoder_ids.size(1))  # only T positions reach the head
+        return self.logits(self.states(ids, mask, decoder_ids.size(1)))  # of T positions only
 
     def start(self, source_ids: Tensor, source_mask: Tensor, images: None = None) -> Decoding:
         text = Memory(*move_right(source_ids, source_mask))
@@ -170,7 +170,7 @@ class CausalLM(Generates, nn.Module):
         (text, mask), past = state.memories[0], cached_length(state.caches[0])
         ids = ids if past else text
         mask = F.pad(mask, (0, past + ids.size(1) - text.size(1)), value=True)
-        return self.last_logits(ids, mask, 1, state.caches)[:, 0]
+        return self.logits(self.states(ids, mask, 1, state.caches))[:, 0]
 
 
 def move_right(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -208,14 +208,12 @@ class Llama(CausalLM):
         hidden[-1] = h
         return hidden
 
-    def logits(self, h: Tensor) -> Tensor:
-        head = (self.lm_head or self.embed).weight  # (V, D)
-        return F.linear(h.to(head.dtype), head)
+    def states(self, ids: Tensor, mask: Tensor, T: int, caches: Sequence = (None,)) -> Tensor:
+        """What the head reads at the last T positions, (B, T, D)."""
+        return self.norm(self.hidden_states(ids, mask, caches[0])[-1][:, -T:])
 
-    def last_logits(self, ids: Tensor, mask: Tensor, T: int, caches: list | None = None) -> Tensor:
-        """Logits of the last T positions, (B, T, V)."""
-        hidden = self.hidden_states(ids, mask, caches and caches[0])
-        return self.logits(self.norm(hidden[-1][:, -T:]))
+    def logits(self, h: Tensor) -> Tensor:
+        return F.linear(h, (self.lm_head or self.embed).weight)  # (B, T, V)
 
 
 PUBLIC = read_json(Path(__file__).with_name("public.json"))  # name: repository, revision, hashes

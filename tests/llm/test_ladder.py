@@ -8,6 +8,7 @@ from llm import LadderLM, Llama, LlamaConfig, quantize_
 from model import T5, T5Config
 from side import LadderT5
 from tests.llm.test_llama import TINY, text
+from tests.test_model import Recomputing
 from tests.workshop import WIDTHS
 
 
@@ -87,6 +88,18 @@ def test_padding_changes_nothing_and_generation_equals_whole_texts():
         padded, there = (torch.cat([a, b][::order], 1) for a, b in ((ids, pads), (mask, pads > 0)))
         torch.testing.assert_close(net(padded, there, ids), net(ids, mask, ids))
         assert torch.equal(net.generate(padded, there, 6), greedy)
+
+
+@pytest.mark.parametrize("make", [backbone, ladder])
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_generation_with_caches_is_generation_without(make, num_beams):
+    net, (ids, mask) = make().eval(), text(B=4, S=5)
+    mask[1, :2] = False
+    uncached = Recomputing(net)
+    uncached.pad = uncached.eos = net.eos
+    expected = uncached.generate(ids, mask, 6, num_beams)
+    assert torch.equal(net.generate(ids, mask, 6, num_beams), expected)
+    assert (uncached.moves > 0) == (num_beams > 1), "beams that stay in place would prove nothing"
 
 
 def test_labelled_positions_only_give_the_loss_of_all_logits():
