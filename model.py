@@ -323,7 +323,7 @@ class Stack(nn.Module):
 # ---------------------------------------------------------------------- part 1: model, generation
 
 class Generates:
-    """Generation for whatever has `start` and `step`: T5 and LadderT5; llm/'s models."""
+    """Generation for whatever has `start` and `step`: T5, LadderT5 and llm/'s models."""
 
     pad, eos = PAD, EOS
 
