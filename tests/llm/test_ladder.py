@@ -75,8 +75,9 @@ def test_no_gradient_and_no_saved_tensor_is_inside_the_backbone(nf4):
     assert not net.hidden_states(ids, mask)[0][-1].requires_grad
 
 
-def test_padding_left_or_right_changes_nothing():
-    net, (ids, mask) = ladder(), text(S=5)
+@pytest.mark.parametrize("make", [backbone, ladder])
+def test_padding_left_or_right_changes_nothing(make):
+    net, (ids, mask) = make(), text(S=5)
     greedy = net.generate(ids, mask, max_new_tokens=6)
     pads = torch.zeros(2, 3, dtype=torch.long)
     for order in (1, -1):

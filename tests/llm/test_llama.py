@@ -65,17 +65,6 @@ def test_random_models_equal_transformers(name, seed, tmp_path):
     assert_equal(load_llm(tmp_path), expected(model))
 
 
-def test_padding_left_or_right_changes_nothing(tiny):
-    ids, mask = text(S=6)
-    pads, none = torch.full((2, 3), 4), torch.zeros(2, 3, dtype=torch.bool)
-    answer = text(S=4, seed=1)[0]
-    logits, greedy = tiny(ids, mask, answer), tiny.generate(ids, mask, 5)
-    for order in (0, 1), (1, 0):
-        padded = [torch.cat([pair[i] for i in order], 1) for pair in ((ids, pads), (mask, none))]
-        torch.testing.assert_close(tiny(*padded, answer), logits)
-        assert torch.equal(tiny.generate(*padded, 5), greedy)
-
-
 def test_an_answer_is_the_end_of_a_text(tiny):
     """Its start token falls away, and only its positions reach the head."""
     ids, mask = text(S=9)
