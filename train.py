@@ -69,7 +69,7 @@ def loss_of(model: nn.Module, batch: Batch) -> Tensor:
     # ours is over all label tokens, as with text.
     logits = model(batch.source_ids, batch.source_mask, batch.decoder_ids, batch.decoder_mask,
                    batch.images)  # (B, T, V)
-    loss = kernels.cross_entropy(logits.flatten(0, 1), batch.labels.flatten())
+    loss = kernels.cross_entropy(logits.flatten(0, 1), batch.labels.flatten())  # uses them up
     loss = loss.view_as(batch.labels).sum(dim=1)  # (B), padding counts 0
     return loss.sum() if batch.weights is None else loss @ batch.weights
 

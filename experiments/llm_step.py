@@ -40,6 +40,8 @@ def step_of(model: str, name: str) -> Callable[[], None]:
     options = dict(model=model, device="cpu", dtype="nf4", checkpoint=False, method="lst",
                    size=None, dropout=0.0, r=8, keep=None, free=0, end="sum", side_dtype="fp32")
     net = build_lm(argparse.Namespace(**options | STEPS[name])).train()
+    for weight in net.parameters():  # they are mapped from the disk until they are read
+        weight.sum()
     learned = list(trainable(net).values())
     optimizer = kernels.AdamW(learned, 1e-6, fused=True)
     ids = torch.randint(3, net.config.vocab_size, (B, S + 1))

@@ -65,7 +65,7 @@ class LadderLM(CausalLM):
         if cache:
             hidden = self.backbone.hidden_states(ids, mask, cache, self.side.reads)
         else:
-            hidden, = self.hidden_states(ids, mask)
+            hidden, = self.hidden_states(ids, mask)  # or what --cache has kept of them
         around = context(self.narrow, mask, ids.size(1), self.side_dtype)
         h_side = in_dtype(self.side, self.side_dtype, hidden, *around, cache=side_cache)
         h = in_dtype(self.up, self.side_dtype, h_side[:, -T:])  # (B, T, D)

@@ -21,7 +21,8 @@ from run.folder import read_json
 from run.hub import hub_file
 
 SUPPORTED = {"model_type": ["llama", "mistral", "qwen2"], "rope_type": ["default"],
-             "rope_scaling": [None], "attention_bias": [False], "hidden_act": ["silu"]}
+             "rope_scaling": [None], "attention_bias": [False], "hidden_act": ["silu"],
+             "partial_rotary_factor": [1.0]}
 
 
 @dataclass(frozen=True)
@@ -46,21 +47,23 @@ class LlamaConfig:
     @classmethod
     def from_json(cls, path: Path, checkpoint: bool = False) -> "LlamaConfig":
         """Read a public config.json. ValueError: it asks for what is not written here."""
-        raw = {name: value for name, value in read_json(path).items() if value is not None}
-        raw |= raw.get("rope_parameters", {})  # so new files have it
+        raw = read_json(path)
+        raw |= raw.get("rope_parameters") or {}  # so new files have it
+        raw = {name: value for name, value in raw.items() if value is not None}
         for name, values in SUPPORTED.items():
             if raw.get(name, values[0]) not in values:
                 raise ValueError(f"{path}: {name} {raw[name]!s:.60} is not written here, "
                                  f"only {' '.join(map(str, values))}")
-        H, D = raw.get("num_attention_heads", 1), raw.get("hidden_size", 0)
-        raw = {"num_key_value_heads": H, "head_dim": D // H, **raw, "checkpoint": checkpoint,
-               "qkv_bias": raw.get("model_type") == "qwen2"}
-        if "sliding_window" in raw and raw.get("use_sliding_window", True):
-            raw["max_position_embeddings"] = raw["sliding_window"]  # up to there it has no effect
         try:
+            H, most = raw["num_attention_heads"], raw.get("max_position_embeddings", 2048)
+            if raw.get("use_sliding_window", True):  # up to its length it has no effect
+                most = min(most, raw.get("sliding_window", most))
+            raw = {"num_key_value_heads": H, "head_dim": raw["hidden_size"] // H, **raw,
+                   "max_position_embeddings": most, "checkpoint": checkpoint,
+                   "qkv_bias": raw.get("model_type") == "qwen2"}
             return cls(**{f.name: raw[f.name] for f in fields(cls) if f.name in raw})
-        except TypeError as error:
-            raise ValueError(f"{path} lacks a size: {error}") from None
+        except (KeyError, TypeError, ZeroDivisionError) as error:
+            raise ValueError(f"{path} lacks a size, or has a wrong one: {error}") from None
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -45,18 +45,21 @@ class BytePairs:
         try:
             raw = json.loads(path.read_bytes())
             self.vocab, merges = raw["model"]["vocab"], raw["model"]["merges"]
-            cuts = [cut["type"] for cut in raw["pre_tokenizer"]["pretokenizers"]]
-            assert cuts == ["Digits", "ByteLevel"]
-        except (OSError, ValueError, KeyError, TypeError, AssertionError):
+            digits, pieces = raw["pre_tokenizer"]["pretokenizers"]
+            assert (digits["type"], digits["individual_digits"]) == ("Digits", True)
+            assert (pieces["type"], pieces["add_prefix_space"]) == ("ByteLevel", False)
+            assert raw.get("normalizer") is None
+            pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in merges]
+            self.rank = {tuple(pair): rank for rank, pair in enumerate(pairs)}
+            self.parts = {i: part for part, i in self.vocab.items()}
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError):
             raise ValueError(f"{path} is missing, or no tokenizer of SmolLM2's kind") from None
-        pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in merges]
-        self.rank = {tuple(pair): rank for rank, pair in enumerate(pairs)}
-        self.parts = {i: part for part, i in self.vocab.items()}
         self.eos, self.vocab_size = eos, len(self.vocab)
         self.merge = lru_cache(2**16)(self.merge)
 
     def encode(self, text: str) -> list[int]:
-        return [self.vocab[part] for word in words(text) for part in self.merge(word)]
+        return [self.vocab[part] for word in words(text) for part in self.merge(word)
+                if part in self.vocab]  # SmolLM2 has no word for some control signs
 
     def merge(self, word: str) -> list[str]:
         """Join the pair of neighbours that was learned first, until none of them was learned."""

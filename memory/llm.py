@@ -140,8 +140,8 @@ def choose(args: Namespace) -> list[Case]:
     rows = [row.check() for row in rows if args.method in (None, row.method)
             and args.dtype in (None, row.dtype)]
     if not rows:
-        raise ValueError(f"no row of {args.model} is left: --method full and lora have a backbone "
-                         "in bf16, qlora in nf4, lst in either; --checkpoint is not for lst")
+        raise ValueError(f"no row of {args.model} is left: it has full and lora in bf16, qlora in "
+                         "nf4, lst in either; --checkpoint is not for lst")
     return rows
 
 

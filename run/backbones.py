@@ -36,7 +36,9 @@ def config_of(model: str | Path) -> T5Config | LlamaConfig:
 def load_tokenizer(model: str | Path):
     """ValueError: the tokenizer does not fit config.json."""
     file, module = ("tokenizer", llm.tokenizer) if decoder_only(model) else ("spiece.model", t5)
-    tokenizer, V = module.load_tokenizer(model), config_of(model).vocab_size
+    tokenizer, config = module.load_tokenizer(model), config_of(model)
+    V, most = config.vocab_size, getattr(config, "max_position_embeddings", 10**9)
+    tokenizer.longest = min(tokenizer.longest, most - 20)  # 20 are left for an answer
     if not 0 <= V - tokenizer.vocab_size < 128:  # rows may be spare: T5 has 28
         raise ValueError(f"{model}: the {file} has {tokenizer.vocab_size} words, config.json's "
                          f"vocab_size is {V}: they do not belong together")

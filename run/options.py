@@ -196,12 +196,12 @@ def check(parser: Parser, args: argparse.Namespace, given: list[str]) -> None:
             args.classify and (pictures or {"stsb", "text"} & {*(args.task or [])}),
         "--classify has a side encoder with all layers: leave --keep, --side, --init distill out":
             args.classify and (args.keep or args.side != "ladder" or args.init == "distill"),
-        f"--method {args.method} --dtype {args.dtype}: 4 bits are for lst on texts, and what qlora "
-        "has": args.dtype == "nf4" and (pictures or args.method not in ("lst", "qlora"))
+        "--dtype nf4 is for lst on texts, and for qlora, which has no other: leave --dtype out":
+            args.dtype == "nf4" and (pictures or args.method not in ("lst", "qlora"))
             or args.method == "qlora" and args.dtype != "nf4",
         "--dtype fp16 overflows: use bf16": lm and args.dtype == "fp16",
         "--method qlora is for a decoder-only --model": args.method == "qlora" and not lm,
-        f"a decoder-only --model learns texts by lst or qlora, not by {args.method}":
+        "a decoder-only --model learns texts, by --method lst or qlora":
             lm and training and (pictures or args.method not in ("lst", "qlora")),
         "beside a decoder-only --model leave --side, --classify out, and --init but for a run's "
         "folder": lm and args.method == "lst" and fixed,

@@ -105,6 +105,6 @@ def _texts(cells: list[str], kind: str) -> list[str]:
     if len(cells) != 2:
         need = "columns" if kind == ".tsv" else f"texts {' and '.join(KEYS)}"
         raise ValueError(f"{len(cells)} of the 2 {need}")
-    if not all(text.encode().strip() for text in cells):  # UnicodeEncodeError: half a character
+    if not all(text.strip().encode() for text in cells):  # UnicodeEncodeError: half a character
         raise ValueError("an empty text")
     return cells

@@ -78,7 +78,9 @@ def test_states_that_nobody_reads_are_not_kept(tiny):
 
 
 def test_a_text_past_the_window_is_refused(folder):
-    llama = load_llm(folder(sliding_window=8))
+    assert LlamaConfig.from_json(folder(max_position_embeddings=9, sliding_window=20)
+                                 / "config.json").max_position_embeddings == 9
+    llama = load_llm(folder(max_position_embeddings=64, sliding_window=8))
     llama(*text(S=8))
     with pytest.raises(ValueError, match="9 tokens: this model reads 8"):
         llama(*text(S=9))
@@ -91,7 +93,9 @@ def test_a_text_past_the_window_is_refused(folder):
     (dict(rope_scaling={"type": "linear", "factor": 2}), "rope_scaling"),
     (dict(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}), "rope_type yarn"),
     (dict(attention_bias=True), "attention_bias"), (dict(hidden_act="gelu"), "hidden_act"),
-    (dict(hidden_size=None), "hidden_size"), (dict(hidden_size=20), "do not fit"),
+    (dict(hidden_size=None), "hidden_size"), (dict(num_attention_heads=0), "a wrong one"),
+    (dict(partial_rotary_factor=0.5), "partial_rotary_factor 0.5"),
+    (dict(hidden_size=20), "do not fit"),
     (dict(num_hidden_layers=4), "layers.3"), (dict(num_hidden_layers=2), "layers.2"),
 ])
 def test_what_is_not_written_here_is_refused_in_one_line(folder, more, words):

@@ -50,6 +50,15 @@ def test_byte_pairs_equal_tokenizers_on_fuzzed_texts(pairs):
         assert pairs.decode(pairs.encode(text)) == text
 
 
+def test_bytes_without_a_word_are_left_out_as_by_tokenizers(tmp_path):
+    raw = json.loads((FIXTURES / "tokenizer.json").read_text())
+    del raw["model"]["vocab"]["ĝ"]  # the byte 1d, which SmolLM2 lacks
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(raw))
+    lacking = BytePairs(path, 0)
+    assert lacking.decode(lacking.encode("fine\x1dfilm")) == "finefilm"
+
+
 def test_digits_stand_alone_and_words_take_a_space_along():
     assert [*words("It's 12  apples\n!")] == ["It", "'s", " ", "1", "2", " ", " apples", "\n", "!"]
 
@@ -85,10 +94,13 @@ def test_a_word_continues_a_prompt_as_in_one_text(llama_like, pairs):
 
 
 def test_other_tokenizers_are_refused_in_one_line(llama_like, tmp_path):
-    raw = json.loads((FIXTURES / "tokenizer.json").read_text())
+    whole, path = (FIXTURES / "tokenizer.json").read_text(), tmp_path / "tokenizer.json"
+    raw = json.loads(whole)
     raw["pre_tokenizer"]["pretokenizers"][0] = {"type": "Split"}
-    path = tmp_path / "tokenizer.json"
-    for content in (json.dumps(raw), "[]", "{"):
+    cased = json.loads(whole) | {"normalizer": {"type": "Lowercase"}}
+    numbers = json.loads(whole)
+    numbers["model"]["merges"] = [1, 2]
+    for content in (*map(json.dumps, (raw, cased, numbers)), "[]", "{"):
         path.write_text(content)
         with pytest.raises(ValueError, match="no tokenizer of SmolLM2's kind") as error:
             BytePairs(path, 0)
