@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 BUDGETS = {  # lines at most, blank ones and comments included
     "model.py": 680, "side.py": 200, "prune.py": 170, "data.py": 300, "train.py": 260,
-    "bench_memory.py": 411, "methods": 572, "vision": 1000, "llm": 565, "memory": 797, "run": 1946,
+    "bench_memory.py": 411, "methods": 572, "vision": 1000, "llm": 565, "memory": 797, "run": 1949,
     "exercises": 900, "tests": 9129,
 }
 SIX = {name for name in BUDGETS if name.endswith(".py")}
