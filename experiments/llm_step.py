@@ -25,7 +25,7 @@ from run import kernels, report  # noqa: E402
 from run.backbones import build_lm  # noqa: E402
 from run.folder import trainable, write_json  # noqa: E402
 
-B, S, TURNS = 4, 512, 3
+B, S, TURNS = 4, 512, 5
 STEPS = {
     "LST, r = 8": {},
     "LST, r = 8, side bf16": {"side_dtype": "bf16"},
