@@ -25,7 +25,7 @@ import source  # noqa: E402
 from grade import ASSIGNMENTS  # noqa: E402
 
 GIVEN = ["LICENSE", "requirements.txt", "model.py", "data.py", "assets/nano", "assets/sample"]
-GIVEN += [f"run/{name}.py" for name in "beam folder hub kernels metrics processes prompts report".split()]
+GIVEN += [f"run/{x}.py" for x in "beam folder hub kernels metrics processes prompts report".split()]
 OURS = ["README.md", "grade.py", "by_hand.py", "questions.txt", "tests"]
 PARTS = {  # a file of some definitions of another one, which holds answers, too
     "equations.py": ("bench_memory.py", "ACTIVATIONS", "backward_by_hand"),
